@@ -1,0 +1,763 @@
+"""Diffusion probabilistic models, the whole method, after Sohl-Dickstein, Weiss, Maheswaranathan & Ganguli, "Deep
+Unsupervised Learning using Nonequilibrium Thermodynamics" (2015), arXiv 1503.03585. Equation numbers are the paper's.
+
+The idea. A fixed diffusion q turns data x_0 into noise x_T in T small steps that anybody can sample:
+
+    q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)                                                 t = 1..T
+
+Run backwards, a small enough step is again a Gaussian, so a network that learns T means and variances
+
+    p(x_{t-1} | x_t) = N(f_mu(x_t, t), f_sigma(x_t, t))
+
+is a generative model: draw x_T from pi = N(0, I), then step t = T..1. Its log likelihood has an exact lower bound K whose
+every term is a KL divergence between Gaussians (eq. 14). K is what is trained and what is reported.
+
+    room 1   schedules and the diffusion     schedule, Gaussian             what q and p are
+    room 2   the reverse kernel              MLP, Kernel, Adam              how f_mu and f_sigma are learned
+    room 3   the model                       DPM                            the bound K, its gradient, sampling, p(x_0) r(x_0)
+
+Conventions. t runs 1..T and arrays over t have T + 1 entries; entry 0 is the data without noise, alpha_bar[0] = 1. Data is a
+matrix (n, D) of mean 0 and average variance 1. The paper's symbols are the names; the gradient of `name` is `dname`; its
+backward stands under each forward. Everything is in nats. Schedules, posteriors, KLs and entropies are float64, only the
+network is float32. `xp` is numpy or cupy, and every array of a model lives where its xp says.
+"""
+import os
+
+for _library in ("OPENBLAS", "MKL", "OMP", "VECLIB_MAXIMUM"):  # our threads run whole slices of a batch, see DPM; BLAS must not
+    os.environ.setdefault(_library + "_NUM_THREADS", "1")      # split its products among threads as well
+
+import json
+import math
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+FORMAT = 1  # of the checkpoint file
+
+
+class InputError(ValueError):
+    """The user's mistake: its message is one line that says what is wrong and what to do."""
+
+
+def backend(gpu=None):
+    """The array module: cupy if gpu, numpy if not, and cupy where it works if gpu is None. InputError if gpu and it does not."""
+    if gpu is False:
+        return np
+    try:
+        import cupy
+        cupy.zeros(1)
+        return cupy
+    except ImportError:
+        problem = "CuPy is not installed: pip install cupy-cuda12x (or -cuda13x, to match the driver)"
+    except Exception as error:  # without a usable driver or device CuPy raises several types, none of them its own
+        problem = f"CuPy finds no usable GPU ({str(error).splitlines()[0]})"
+    if gpu:
+        raise InputError(f"--gpu: {problem}; or leave --gpu away to compute on the CPU")
+    return np
+
+
+def generator(xp, *key):
+    """A random generator that depends on the integers `key` alone, so that no state has to be saved to go on from a step."""
+    return np.random.default_rng(key) if xp is np else xp.random.Generator(xp.random.Philox4x3210(key))
+
+
+def to_host(a):
+    """A NumPy array of the same content, wherever `a` lives."""
+    return a.get() if hasattr(a, "get") else np.asarray(a)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Room 1. What q and p are
+# ---------------------------------------------------------------------------------------------------------------------------
+
+def schedule(kind, T, beta_1):
+    """alpha_bar_0..T, float64 (T + 1,), where alpha_bar_t = prod_{s<=t} (1 - beta_s) is the part of the data's variance left.
+
+    kind    logsnr   logit(1 - alpha_bar_t) linear in t, from logit(beta_1) to 10
+            paper    beta_t = 1 / (T - t + 1) for t >= 2, footnote 2 and section 2.4.1: a fixed fraction of the signal goes at each step
+            linear   beta_t from 1e-4 to 0.02 for t >= 2, times 1000 / T so that any T ends in noise (Ho et al. 2020)
+    beta_1  the variance of the first step, fixed (section 2.4.1). It limits K: no model gets above -D/2 ln(2 pi e beta_1).
+    """
+    if T < 2 or not 0 < beta_1 < 1:
+        raise InputError(f"a schedule needs T >= 2 and 0 < beta_1 < 1, not T = {T}, beta_1 = {beta_1}")
+    t = np.arange(2, T + 1)
+    if kind == "logsnr":
+        start = math.log(beta_1 / (1 - beta_1))
+        logit = start + (10 - start) * (t - 1) / (T - 1)
+        return np.concatenate([[1, 1 - beta_1], 1 / (1 + np.exp(logit))])
+    if kind == "paper":
+        beta = 1 / (T - t + 1)
+    elif kind == "linear":
+        beta = np.minimum(np.linspace(1e-4, 0.02, T)[1:] * 1000 / T, 0.999)
+    else:
+        raise InputError(f"no schedule '{kind}': choose logsnr, paper or linear")
+    return np.concatenate([[1], np.cumprod(np.concatenate([[1 - beta_1], 1 - beta]))])
+
+
+class Gaussian:
+    """The Gaussian diffusion, left column of Table App.1, for one schedule alpha_bar_0..T.
+
+    A kernel for it gives two numbers per dimension, out (n, D, 2), v = out[..., 0] and w = out[..., 1]; see `reverse`.
+    Methods take t as an integer array (n,), one per example.
+    """
+
+    outputs = 2
+
+    def __init__(self, alpha_bar, xp=np):
+        alpha_bar = np.asarray(alpha_bar, np.float64)
+        before = np.concatenate([[1], alpha_bar[:-1]])                  # alpha_bar_{t-1}
+        beta = 1 - alpha_bar / before
+        beta_tilde = np.zeros_like(beta)
+        beta_tilde[1:] = beta[1:] * (1 - before[1:]) / (1 - alpha_bar[1:])
+        self.xp, self.T = xp, len(alpha_bar) - 1
+        self.alpha_bar, self._before, self.beta, self.beta_tilde = map(xp.asarray, (alpha_bar, before, beta, beta_tilde))
+
+    def _at(self, t):
+        """alpha_bar_t, alpha_bar_{t-1}, beta_t, beta~_t as columns (n, 1)."""
+        return (a[t][:, None] for a in (self.alpha_bar, self._before, self.beta, self.beta_tilde))
+
+    def noise(self, shape, rng, dtype=np.float64):
+        """The randomness of one draw, frozen: eps ~ N(0, I)."""
+        return rng.standard_normal(shape, dtype=dtype)
+
+    def diffuse(self, x0, t, eps):
+        """x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), from frozen noise eps (n, D)."""
+        alpha_bar, _, _, _ = self._at(t)
+        return self.xp.sqrt(alpha_bar) * x0 + self.xp.sqrt(1 - alpha_bar) * eps
+
+    def posterior(self, x0, xt, t):
+        """q(x_{t-1} | x_t, x_0) = N(mu~, beta~_t I), t >= 2 (eqs. 47-48; below it all is known): mu~ (n, D) and beta~_t (n, 1).
+
+        beta~_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
+        mu~ = [ sqrt(alpha_bar_{t-1}) beta_t x_0 + sqrt(1 - beta_t) (1 - alpha_bar_{t-1}) x_t ] / (1 - alpha_bar_t)
+        """
+        alpha_bar, before, beta, beta_tilde = self._at(t)
+        sqrt = self.xp.sqrt
+        return (sqrt(before) * beta * x0 + sqrt(1 - beta) * (1 - before) * xt) / (1 - alpha_bar), beta_tilde
+
+    def _shift_and_spread(self, t):
+        """What one unit of v moves f_mu by, and one unit of w moves log f_sigma by: (n, 1) each."""
+        alpha_bar, before, beta, beta_tilde = self._at(t)
+        return -beta * self.xp.sqrt(before / (1 - alpha_bar)), self.xp.log(beta / beta_tilde)
+
+    def reverse(self, xt, t, out):
+        """p(x_{t-1} | x_t) = N(f_mu, f_sigma), t >= 2: f_mu and log f_sigma (n, D).
+
+        f_mu = sqrt(1 - beta_t) x_t - v beta_t sqrt(alpha_bar_{t-1} / (1 - alpha_bar_t))
+        log f_sigma = log beta_t + w (log beta_t - log beta~_t)
+
+        At v = w = 0 this is the equilibrium kernel, exact for white data. The v that makes f_mu equal mu~ is
+        sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0, of unit size at every t. w = 0 and w = -1 stand at the upper and the
+        lower bound that eq. 24 puts on the entropy of this step.
+        """
+        _, _, beta, _ = self._at(t)
+        shift, spread = self._shift_and_spread(t)
+        return self.xp.sqrt(1 - beta) * xt + shift * out[..., 0], self.xp.log(beta) + spread * out[..., 1]
+
+    def kl(self, x0, xt, t, out):
+        """KL[ q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ], t >= 2, in nats (n,), and its derivative dout, shaped as out.
+
+        per dimension, 1/2 [ log(f_sigma / beta~) - 1 + (beta~ + (f_mu - mu~)^2) / f_sigma ]
+        """
+        xp = self.xp
+        mu, beta_tilde = self.posterior(x0, xt, t)
+        f_mu, log_f_sigma = self.reverse(xt, t, out)
+        precision, error = xp.exp(-log_f_sigma), f_mu - mu
+        df_mu = error * precision
+        excess = beta_tilde * precision + df_mu * error                 # 1 where p has just the right variance
+        shift, spread = self._shift_and_spread(t)
+        dout = xp.empty(out.shape, out.dtype)
+        dout[..., 0] = df_mu * shift
+        dout[..., 1] = 0.5 * (1 - excess) * spread
+        return 0.5 * (log_f_sigma - xp.log(beta_tilde) - 1 + excess).sum(1), dout
+
+    def ideal(self, xt, t, mean, variance):
+        """The out (n, D, 2) for which p is the best diagonal Gaussian there is, from E[x_0 | x_t] and Var[x_0 | x_t], (n, D).
+
+        x_{t-1} has, given x_t, the mean mu~(E x_0, x_t) and the variance beta~_t + (d mu~ / d x_0)^2 Var x_0.
+        """
+        xp = self.xp
+        alpha_bar, before, beta, beta_tilde = self._at(t)
+        f_sigma = beta_tilde + before * (beta / (1 - alpha_bar)) ** 2 * variance
+        eps = (xt - xp.sqrt(alpha_bar) * mean) / xp.sqrt(1 - alpha_bar)
+        return xp.stack([xp.sqrt(alpha_bar) * eps - xp.sqrt(1 - alpha_bar) * mean,
+                         xp.log(f_sigma / beta) / xp.log(beta / beta_tilde)], 2)
+
+    def step(self, f_mu, f_sigma, eps):
+        """A draw from N(f_mu, f_sigma) with noise eps; f_sigma is a variance."""
+        return f_mu + self.xp.sqrt(f_sigma) * eps
+
+    def first(self, x1):
+        """The fixed first reverse step, eq. 44: p(x_0 | x_1) = N(sqrt(1 - beta_1) x_1, beta_1 I), as f_mu, f_sigma."""
+        return self.xp.sqrt(1 - self.beta[1]) * x1, self.beta[1]
+
+    def multiply(self, f_mu, f_sigma, r):
+        """The normalised product of N(f_mu, f_sigma) and r, eq. 22, Table App.1: its mean and variance.
+
+        r is an Observation, a Gaussian in x with mean y and standard deviation sigma for every coordinate. With the gain
+        g = f_sigma / (f_sigma + sigma^2): mean f_mu + g (y - f_mu), variance (1 - g) f_sigma. sigma = 0 says that a
+        coordinate is known (g = 1, the product is a delta at y), sigma = inf that nothing is (g = 0).
+        """
+        g = f_sigma / (f_sigma + r.sigma ** 2)
+        return f_mu + g * (r.y - f_mu), (1 - g) * f_sigma
+
+    def H_q(self, t):
+        """H_q(X_t | X_0) per dimension, nats: 1/2 ln(2 pi e (1 - alpha_bar_t)). A float, for one t >= 1."""
+        return 0.5 * math.log(2 * math.pi * math.e * (1 - float(self.alpha_bar[t])))
+
+    def log_pi(self, x):
+        """log pi(x) (n,), pi = N(0, I). Its mean over the data is L_null, over x_T of unit variance -H_p(X_T)."""
+        return -0.5 * (x ** 2 + math.log(2 * math.pi)).sum(1)
+
+    H_pi = 0.5 * math.log(2 * math.pi * math.e)  # H_p(X_T) per dimension
+
+
+class Observation:
+    """r(x) = N(x; y, sigma^2) for the posterior p(x_0) r(x_0): y (n, D) or (D,), sigma >= 0 of the same or a smaller shape, in
+    units of the normalised data. sigma = 0 clamps a coordinate (inpainting), sigma = inf leaves it free, in between it denoises.
+
+    InputError where y or sigma is NaN, sigma is negative, y is not finite where it counts, or the shapes do not fit."""
+
+    def __init__(self, y, sigma, xp=np):
+        y, sigma = np.asarray(y, np.float64), np.asarray(sigma, np.float64)
+        try:
+            sigma = np.broadcast_to(sigma, y.shape)
+        except ValueError:
+            raise InputError(f"the noise of an observation has shape {sigma.shape}, the observation {y.shape}") from None
+        if np.isnan(sigma).any() or (sigma < 0).any():
+            raise InputError("the noise of an observation must be 0 (known), positive, or inf (unknown)")
+        if not np.isfinite(y[np.isfinite(sigma)]).all():
+            raise InputError("an observation is NaN or infinite where it is said to be known")
+        self.y, self.sigma = xp.asarray(np.where(np.isfinite(sigma), y, 0)), xp.asarray(sigma)
+
+    def rows(self, s):
+        """The same observation of the examples in slice s only."""
+        part = object.__new__(Observation)
+        part.y, part.sigma = (self.y, self.sigma) if self.y.ndim == 1 else (self.y[s], self.sigma[s])
+        return part
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Room 2. The reverse kernel: a network from (x_t, t) to the two numbers per dimension, backward written by hand
+# ---------------------------------------------------------------------------------------------------------------------------
+
+class MLP:
+    """A residual multilayer perceptron whose every layer hears the time e:
+
+        h_1 = s(x W_1 + e V_1 + b_1)      h_l = h_{l-1} + s(h_{l-1} W_l + e V_l + b_l)      y = h_L W + b
+
+    with the softsign s(z) = z / (1 + |z|), a tanh at a fifth of its cost. x is (N, inputs), e is (n, time): an example has
+    N / n rows, the pixels of an image, which share its time. It reads its weights from kernel.W and puts their gradients
+    into kernel.dW, under "name.W1", ...; all large arrays are buffers of the kernel, so nothing is allocated in a step.
+    """
+
+    def __init__(self, kernel, name, layers):
+        self.kernel, self.name, self.layers = kernel, name, layers
+
+    @staticmethod
+    def shapes(name, inputs, width, layers, outputs, time):
+        shapes = {}
+        for l in range(1, layers + 1):
+            shapes |= {f"{name}.W{l}": (inputs if l == 1 else width, width), f"{name}.V{l}": (time, width), f"{name}.b{l}": (width,)}
+        return shapes | {f"{name}.W": (width, outputs), f"{name}.b": (outputs,)}
+
+    def _buffer(self, name, *shape):
+        return self.kernel.buffer(f"{self.name}.{name}", shape)
+
+    def forward(self, x, e):
+        """y (N, outputs), valid until the next call; keeps what backward needs."""
+        xp, W, name = self.kernel.xp, self.kernel.W, self.name
+        n, N = len(e), len(x)
+        self.e, self.h, self.s = e, [x], []
+        for l in range(1, self.layers + 1):
+            W_l = W[f"{name}.W{l}"]
+            z = xp.matmul(self.h[-1], W_l, out=self._buffer(f"s{l}", N, W_l.shape[1]))
+            rows = z.reshape(n, N // n, -1)
+            rows += (e @ W[f"{name}.V{l}"] + W[f"{name}.b{l}"])[:, None]
+            scratch = xp.abs(z, out=self._buffer("scratch", *z.shape))
+            scratch += 1
+            z /= scratch                                                # z is now s(z), and s(z) is all that backward needs of it
+            self.s.append(z)
+            self.h.append(z if l == 1 else xp.add(self.h[-1], z, out=self._buffer(f"h{l}", *z.shape)))
+        y = xp.matmul(self.h[-1], W[f"{name}.W"], out=self._buffer("y", N, W[f"{name}.W"].shape[1]))
+        y += W[f"{name}.b"]
+        return y
+
+    def backward(self, dy, add, columns=None):
+        """From dy (N, outputs): the gradients of the weights, written (add=False) or added to what is there; returns de (n, time)
+        and the gradient of the columns of x in that slice, transposed, (columns, N).
+
+        y = h_L W + b                         dW = h_L' dy      db = sum dy      dh = dy W'
+        h_l = h_{l-1} + s(z_l)                dz_l = dh (1 - |s|)^2              since s'(z) = 1 / (1 + |z|)^2 = (1 - |s|)^2
+        z_l = h_{l-1} W_l + e V_l + b_l       dW_l = h_{l-1}' dz_l               dh += dz_l W_l'
+                                              dc = dz_l, summed over the rows of an example: dV_l = e' dc, db_l = sum dc, de += dc V_l'
+        """
+        kernel, xp, W, name = self.kernel, self.kernel.xp, self.kernel.W, self.name
+        n, N, width = len(self.e), len(dy), self.h[-1].shape[1]
+
+        def put(weight, a, b):
+            dW = kernel.dW[f"{name}.{weight}"]
+            if add:
+                dW += a @ b
+            else:
+                xp.matmul(a, b, out=dW)
+
+        put("W", self.h[-1].T, dy)
+        put("b", kernel.ones(N), dy)
+        dh = xp.matmul(dy, W[f"{name}.W"].T, out=self._buffer("dh", N, width))
+        de = xp.zeros_like(self.e)
+        for l in range(self.layers, 0, -1):
+            dz = xp.abs(self.s[l - 1], out=self._buffer("dz", N, width))
+            xp.subtract(1, dz, out=dz)
+            dz *= dz
+            dz *= dh
+            dc = kernel.ones(N // n) @ dz.reshape(n, N // n, width)     # the sum over rows as a product: three times as fast
+            put(f"W{l}", self.h[l - 1].T, dz)
+            put(f"V{l}", self.e.T, dc)
+            put(f"b{l}", kernel.ones(n), dc)
+            de += dc @ W[f"{name}.V{l}"].T
+            if l > 1:
+                dh += xp.matmul(dz, W[f"{name}.W{l}"].T, out=self._buffer("scratch", N, width))
+        if columns is None:
+            return de, None
+        W_1 = W[f"{name}.W1"][columns]
+        return de, xp.matmul(W_1, dz.T, out=self._buffer("dx", len(W_1), N))
+
+
+class Kernel:
+    """The network of the reverse kernel for examples of shape (H, W, C), flattened to D = H W C; a vector is one pixel of D channels.
+
+        e = tanh(phases of t Q + q)                                        the time
+        maps = lower(x, e)                                                 `maps` numbers per pixel, from the whole image
+        out = upper([features(pixel), maps(pixel)], e)                     the same small MLP at every pixel, 2 outputs per channel
+
+    This is the paper's lower and upper network (appendix D.2.1, figure D.1). The lower one, dense, knows what the image is
+    about; the upper one treats its pixel finely. Vectors need no lower network: maps = 0. The features of a value x are x and
+    its neighbours in a square of `patch` pixels, sin and cos of 2^k pi x for k in `scales`, and for every c in `edges`, values where the density of the data jumps, the
+    softsign of (x - sqrt(alpha_bar_t) c) / s for s = 1 and 4 standard deviations of the noise: at each noise level the distance
+    that matters. The readout starts at zero: the equilibrium kernel, K = L_null.
+
+    Its one array theta holds all weights, W names views of it; grad and dW are the same for their gradient.
+    """
+
+    def __init__(self, diffusion, shape, width=512, layers=4, maps=4, upper=64, upper_layers=2, time=64, scales=(1, 3, 5),
+                 edges=(), patch=1, dtype="float32", seed=0, theta=None):
+        self.config = dict(shape=list(shape), width=width, layers=layers, maps=maps, upper=upper, upper_layers=upper_layers,
+                           time=time, scales=list(scales), edges=list(edges), patch=patch, dtype=dtype, seed=seed)
+        self.diffusion, self.xp, self.dtype = diffusion, diffusion.xp, np.dtype(dtype)
+        self.shape, self.pixels, self.channels, self.maps = tuple(shape), shape[0] * shape[1], shape[2], maps
+        self.D, self.scales, self.edges, self.patch = self.pixels * self.channels, scales, edges, patch
+        self.features_per_pixel = self.channels * (patch ** 2 + 2 * len(scales) + 2 * len(edges)) + maps
+        self.shapes = {"time.Q": (64, time), "time.q": (time,)}
+        if maps:
+            self.shapes |= MLP.shapes("lower", self.D, width, layers, self.pixels * maps, time)
+        self.shapes |= MLP.shapes("upper", self.features_per_pixel, upper, upper_layers, diffusion.outputs * self.channels, time)
+        # A slice of images goes through the upper network while its activations are in cache; a GPU takes the whole batch
+        self.slice = max(1, 4096 // self.pixels) if self.xp is np else 1 << 30
+        self._buffers = {}
+        size = sum(map(math.prod, self.shapes.values()))
+        if theta is None:
+            rng, theta = np.random.default_rng(seed), np.zeros(size, self.dtype)
+            for name, w in self._views(theta).items():
+                if w.ndim == 2 and name != "upper.W":
+                    w[:] = rng.standard_normal(w.shape) / math.sqrt(len(w))
+            theta = self.xp.asarray(theta)
+        self.theta, self.grad = theta, self.xp.zeros(size, self.dtype)
+        self.W, self.dW = self._views(self.theta), self._views(self.grad)
+        self.lower, self.upper = MLP(self, "lower", layers), MLP(self, "upper", upper_layers)
+
+    def replica(self):
+        """A kernel with the same weights (the same memory), and gradients and buffers of its own: one for each thread."""
+        return Kernel(self.diffusion, **self.config, theta=self.theta)
+
+    def _views(self, flat):
+        ends = np.cumsum([math.prod(s) for s in self.shapes.values()])
+        return {name: flat[end - math.prod(s):end].reshape(s) for (name, s), end in zip(self.shapes.items(), ends.tolist())}
+
+    def buffer(self, name, shape):
+        """Memory that is allocated once and reused: a fresh large array costs a page fault every 4 KiB."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].size < size:
+            self._buffers[name] = self.xp.empty(size, self.dtype)
+        return self._buffers[name][:size].reshape(shape)
+
+    def ones(self, n):
+        if "ones" not in self._buffers or len(self._buffers["ones"]) < n:
+            self._buffers["ones"] = self.xp.ones(n, self.dtype)
+        return self._buffers["ones"][:n]
+
+    def flop(self, n):
+        """Floating-point operations in the matrix products of one gradient() over n examples: 2 for each weight and row forward,
+        2 for dW, 2 for the gradient passed on, which the features, the phases and the image do without."""
+        total = 0
+        for name, w in self.W.items():
+            if w.ndim == 2:
+                rows = n * self.pixels if name.startswith("upper.W") else n
+                passed_on = {"time.Q": 0, "lower.W1": 0, "upper.W1": self.maps / len(w)}.get(name, 1)
+                total += rows * w.size * (4 + 2 * passed_on)
+        return total
+
+    def _time(self, t):
+        """The phases of t / T at 32 frequencies from 1 to e^5, (n, 64), and e (n, time)."""
+        xp = self.xp
+        phase = (t / self.diffusion.T)[:, None] * xp.exp(xp.linspace(0, 5, 32))
+        phases = xp.concatenate([xp.sin(phase), xp.cos(phase)], 1).astype(self.dtype)
+        return phases, xp.tanh(phases @ self.W["time.Q"] + self.W["time.q"])
+
+    def _features(self, x, t, maps):
+        """(features, n pixels): feature after feature, so that each is written as one run of memory."""
+        xp, n = self.xp, len(x)
+        u = self.buffer("u", (self.features_per_pixel, n, self.pixels))
+        alpha_bar = self.diffusion.alpha_bar[t]
+        deviation = xp.sqrt(1 - alpha_bar).astype(self.dtype)[:, None]
+        H, W, margin = *self.shape[:2], self.patch // 2
+        padded = self.buffer("padded", (n, H + 2 * margin, W + 2 * margin, self.channels))
+        padded[...] = 0
+        padded[:, margin:margin + H, margin:margin + W] = x.reshape(n, *self.shape)
+        i = 0
+        for c in range(self.channels):
+            value = x[:, c::self.channels]
+            for dy in range(self.patch):
+                for dx in range(self.patch):
+                    u[i].reshape(n, H, W)[...] = padded[:, dy:dy + H, dx:dx + W, c]
+                    i += 1
+            for k in self.scales:
+                xp.multiply(value, 2.0 ** k * math.pi, out=u[i])
+                xp.cos(u[i], out=u[i + 1])
+                xp.sin(u[i], out=u[i])
+                i += 2
+            for edge in self.edges:
+                distance = (value - (xp.sqrt(alpha_bar) * edge).astype(self.dtype)[:, None]) / deviation
+                for s in (1, 4):
+                    xp.divide(distance, s + xp.abs(distance), out=u[i])
+                    i += 1
+        if self.maps:
+            u[i:] = maps.reshape(n, self.maps, self.pixels).transpose(1, 0, 2)
+        return u.reshape(self.features_per_pixel, -1).T
+
+    def forward(self, x, t):
+        """out (n, D, 2) for x (n, D) of the network's dtype and t (n,)."""
+        _, e = self._time(t)
+        out = self.xp.empty((len(x), self.D, self.diffusion.outputs), self.dtype)
+        maps = self.lower.forward(x, e) if self.maps else x
+        for i in range(0, len(x), self.slice):
+            s = slice(i, min(i + self.slice, len(x)))
+            out[s] = self.upper.forward(self._features(x[s], t[s], maps[s]), e[s]).reshape(out[s].shape)
+        return out
+
+    def gradient(self, x, t, loss):
+        """Forward and backward: dtheta in self.grad, where loss(s, out) returns dout for the examples in slice s.
+
+        Slice by slice through the upper network, so loss and backward meet its activations while they are in cache; the
+        lower network, whose cost is in reading its weights, goes over all examples at once.
+        out = upper([features, maps], e)      de, dmaps
+        maps = lower(x, e)                    de
+        e = tanh(phases Q + q)                dz = de (1 - e^2), dQ = phases' dz, dq = sum dz
+        """
+        xp, n = self.xp, len(x)
+        phases, e = self._time(t)
+        de = xp.empty_like(e)
+        maps = self.lower.forward(x, e) if self.maps else x
+        columns = slice(self.features_per_pixel - self.maps, None) if self.maps else None
+        for i in range(0, n, self.slice):
+            s = slice(i, min(i + self.slice, n))
+            out = self.upper.forward(self._features(x[s], t[s], maps[s]), e[s])
+            dout = loss(s, out.reshape(-1, self.D, self.diffusion.outputs)).reshape(out.shape)
+            de[s], du = self.upper.backward(dout, add=i > 0, columns=columns)
+            if self.maps:  # what was maps is now dmaps
+                maps[s] = du.reshape(self.maps, -1, self.pixels).transpose(1, 0, 2).reshape(-1, self.maps * self.pixels)
+        if self.maps:
+            de += self.lower.backward(maps, add=False)[0]
+        dz = de * (1 - e * e)
+        xp.matmul(phases.T, dz, out=self.dW["time.Q"])
+        xp.matmul(self.ones(n), dz, out=self.dW["time.q"])
+
+
+class IdealKernel:
+    """The best kernel there is for data whose moments E[x_0 | x_t] and Var[x_0 | x_t] are known: its K is K*, the limit for every network.
+
+    moments(x, alpha_bar) gives both for x (n, D) at one noise level."""
+
+    dtype = np.dtype("float64")
+
+    def __init__(self, diffusion, moments):
+        self.diffusion, self.moments = diffusion, moments
+
+    def replica(self):
+        return self
+
+    def forward(self, x, t):
+        out = np.empty((*x.shape, 2))
+        for level in np.unique(t):
+            rows = t == level
+            out[rows] = self.diffusion.ideal(x[rows], t[rows], *self.moments(x[rows], float(self.diffusion.alpha_bar[level])))
+        return out
+
+
+class Adam:
+    """Adam (Kingma & Ba 2014) with clipping, warm-up, decay to zero, and a running average of the weights.
+
+        m += (1 - b1) (g - m)     v += (1 - b2) (g^2 - v)     theta -= rate m^ / (sqrt(v^) + 1e-8)     average += c (theta - average)
+
+    g is the gradient, shortened to norm `clip` where it is longer; rate climbs to lr over `warmup` steps, stays, and falls
+    along a half cosine over the second half of `steps`; the average forgets after a tenth of the run, at most 1000 steps. theta and its
+    companions are updated in place, in chunks that fit the cache, chunk after chunk by all threads.
+    """
+
+    b1, b2, clip, chunk = 0.9, 0.99, 1.0, 1 << 15
+
+    def __init__(self, theta, xp=np, lr=1e-3, steps=1000, warmup=200):
+        self.theta, self.xp, self.lr, self.steps, self.warmup = theta, xp, lr, steps, warmup
+        self.m, self.v, self.average, self.step = xp.zeros_like(theta), xp.zeros_like(theta), theta.copy(), 0
+
+    def rate(self):
+        """The learning rate of the step now being made."""
+        left = 2 * max(0.0, self.step / self.steps - 0.5)
+        return self.lr * min(1, self.step / self.warmup) * 0.5 * (1 + math.cos(math.pi * min(left, 1)))
+
+    def update(self, grads, pool=None):
+        """One step along the sum of `grads`, one flat array for each thread; the first of them is overwritten."""
+        xp, g = self.xp, grads[0]
+        self.step += 1
+        chunk = self.chunk if xp is np else g.size
+        chunks = [slice(i, i + chunk) for i in range(0, g.size, chunk)]
+        over = pool.map if pool else map
+
+        def add(c):
+            for other in grads[1:]:
+                g[c] += other[c]
+            return g[c] @ g[c]
+
+        norm = xp.sqrt(sum(over(add, chunks)))
+        shorten = xp.minimum(self.clip / (norm + 1e-30), 1).astype(g.dtype)
+        rate = self.rate() / (1 - self.b1 ** self.step)
+        keep = 1 - max(1e-3, 1 / (10 + self.step / 10))
+
+        def update(c):
+            g_c, m, v, theta, average = g[c], self.m[c], self.v[c], self.theta[c], self.average[c]
+            g_c *= shorten
+            work = xp.subtract(g_c, m)
+            work *= 1 - self.b1
+            m += work
+            xp.multiply(g_c, g_c, out=work)
+            work -= v
+            work *= 1 - self.b2
+            v += work
+            xp.multiply(v, 1 / (1 - self.b2 ** self.step), out=work)
+            xp.sqrt(work, out=work)
+            work += 1e-8
+            xp.divide(m, work, out=work)
+            work *= rate
+            theta -= work
+            xp.subtract(theta, average, out=work)
+            work *= 1 - keep
+            average += work
+
+        list(over(update, chunks))
+        return norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Room 3. The model: the bound, its gradient, samples
+# ---------------------------------------------------------------------------------------------------------------------------
+
+def stratified(number, T, u):
+    """`number` times spread evenly over 2..T by one offset u in [0, 1): every t is drawn equally often, to within one."""
+    t = 2 + ((np.arange(number) + u) / number * (T - 1)).astype(np.int64)
+    return np.minimum(t, T)  # (i + u) / n (T - 1) can round up to T - 1, which would be step T + 1
+
+
+class DPM:
+    """A diffusion and a kernel; with them the data's shift and scale, so that samples can be given in the data's units.
+
+    On a CPU the work of a batch is dealt out to `threads` replicas of the kernel, example i to thread i mod threads; the draws
+    and the order of the sums depend on `threads`, so the same number gives the same bits.
+    """
+
+    def __init__(self, diffusion, kernel, shift=0.0, scale=1.0, about=None, threads=None):
+        self.diffusion, self.kernel, self.xp, self.T = diffusion, kernel, diffusion.xp, diffusion.T
+        self.shift, self.scale, self.about = float(shift), float(scale), about or {}
+        self.threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+        if self.xp is not np or isinstance(kernel, IdealKernel):
+            self.threads = 1
+        self.kernels = [kernel] + [kernel.replica() for _ in range(self.threads - 1)]
+        self.pool = ThreadPoolExecutor(self.threads)
+
+    def _deal(self, work, n):
+        """work(kernel, rows, thread) in every thread for its share of n examples."""
+        shares = [(k, slice(j, n, self.threads), j) for j, k in enumerate(self.kernels) if j < n]
+        if len(shares) == 1:
+            work(*shares[0])
+        else:
+            list(self.pool.map(lambda share: work(*share), shares))
+
+    def forward(self, x, t):
+        """The kernel's out (n, D, outputs) for x (n, D), one t for all or one for each."""
+        xp = self.xp
+        t = xp.broadcast_to(xp.asarray(t), (len(x),))
+        out = xp.empty((*x.shape, self.diffusion.outputs), self.kernel.dtype)
+
+        def work(kernel, rows, _):
+            out[rows] = kernel.forward(x[rows].astype(kernel.dtype), t[rows])
+
+        self._deal(work, len(x))
+        return out
+
+    def bound(self, x0, rng, steps=None, batch=512, progress=lambda blocks: blocks):
+        """The lower bound K on the mean log likelihood of x0 (n, D), in nats, and its parts (eq. 14 with 44, appendix B):
+
+            K = - sum_{t=2..T} E_q KL[ q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ] + H_q(X_T|X_0) - H_q(X_1|X_0) - H_p(X_T)
+
+        steps   how many of the T - 1 KLs to draw for each example, spread over all t and all examples; None computes every one.
+        Returns a dict: K, K_se (standard error of the mean over examples), L_null = mean log pi(x_0), K_minus_L_null and its
+        _se, kl (T + 1,), entry t the part of step t (0 for t < 2), H_q_T, H_q_1, H_p_T, the entropies of all D dimensions,
+        and K_each (n,). K is exactly -kl.sum() + H_q_T - H_q_1 - H_p_T.
+        """
+        xp, q, (n, D), T = self.xp, self.diffusion, x0.shape, self.T
+        steps = min(steps or T - 1, T - 1)
+        t = stratified(n * steps, T, rng.random()).reshape(steps, n)   # steps = T - 1: row j is t = 2 + j for every example
+        kl, each = np.zeros(T + 1), np.zeros(n)
+        for i in progress(range(0, n, batch)):
+            x = xp.asarray(x0[i:i + batch])
+            for row in t[:, i:i + batch]:
+                t_row = xp.asarray(row)
+                xt = q.diffuse(x, t_row, xp.asarray(q.noise(x.shape, rng)))
+                part = to_host(q.kl(x, xt, t_row, self.forward(xt, t_row))[0]) * ((T - 1) / steps)
+                each[i:i + batch] += part
+                kl += np.bincount(row, part, T + 1) / n
+        H_q_T, H_q_1, H_p_T = D * q.H_q(T), D * q.H_q(1), D * q.H_pi
+        each = -each + H_q_T - H_q_1 - H_p_T
+        null = to_host(q.log_pi(xp.asarray(x0)))
+
+        def se(values):
+            return float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+
+        return dict(K=float(-kl.sum() + H_q_T - H_q_1 - H_p_T), K_se=se(each), L_null=float(null.mean()),
+                    K_minus_L_null=float(each.mean() - null.mean()), K_minus_L_null_se=se(each - null),
+                    kl=kl, H_q_T=H_q_T, H_q_1=H_q_1, H_p_T=H_p_T, K_each=each)
+
+    def gradient(self, x0, *key):
+        """The gradient of -K / D in all weights, estimated from x0 (n, D) with one t for each example, stratified over 2..T.
+
+        Leaves it in kernel.grad of self.kernels, to be added up (Adam.update does), and returns t (n,) and (T - 1) KL_t (n,) in
+        nats, whose mean estimates the sum of the KLs. `key`: the integers that seed its draws, such as seed and step.
+        """
+        xp, q, (n, D) = self.xp, self.diffusion, x0.shape
+        t = xp.asarray(stratified(n, self.T, np.random.default_rng(key).random()))
+        parts = xp.empty(n)
+
+        def work(kernel, rows, thread):
+            x, t_x = x0[rows], t[rows]
+            xt = q.diffuse(x, t_x, q.noise(x.shape, generator(xp, *key, 1 + thread), kernel.dtype))
+            kl = xp.empty(len(x))
+
+            def loss(s, out):
+                kl[s], dout = q.kl(x[s], xt[s], t_x[s], out)
+                dout *= (self.T - 1) / (n * D)
+                return dout
+
+            kernel.gradient(xt.astype(kernel.dtype), t_x, loss)
+            parts[rows] = kl
+
+        self._deal(work, n)
+        return t, (self.T - 1) * parts
+
+    def sample(self, number, seed=0, r=None, batch=64, keep=(), progress=lambda steps: steps):
+        """Samples (number, D) from p(x_0), or from p(x_0) r(x_0) for an Observation r of (number, D) or (D,) (eqs. 4, 5 and 22).
+
+        x_T ~ pi, then x_{t-1} ~ p(x_{t-1} | x_t) for t = T..2 and the fixed first step (eq. 44); r, constant along the trajectory
+        (eq. 23), multiplies every one of these distributions. These are true draws, not means. Sample k has a random
+        generator of its own, seeded by (seed, k), on every device: it does not depend on how many are drawn with it.
+        keep: times whose x_t are wanted too; then the result is (samples, {t: x_t}).
+        """
+        xp, q, D = self.xp, self.diffusion, self.kernel.D
+        if r is not None and (r.y.shape[-1] != D or r.y.ndim > 2 or r.y.ndim == 2 and len(r.y) != number):
+            raise InputError(f"an observation of shape {r.y.shape} does not fit {number} samples of {D} dimensions")
+        parts, kept = [], {t: [] for t in keep}
+        steps = iter(progress(range(self.T * -(-number // batch))))
+        for start in range(0, number, batch):
+            rngs = [np.random.default_rng((seed, k)) for k in range(start, min(start + batch, number))]
+            r_part = r and r.rows(slice(start, start + batch))
+
+            def draw(f_mu, f_sigma):
+                if r_part is not None:
+                    f_mu, f_sigma = q.multiply(f_mu, f_sigma, r_part)
+                return q.step(f_mu, f_sigma, xp.asarray(np.stack([q.noise(D, rng) for rng in rngs])))
+
+            x = draw(xp.zeros((len(rngs), D)), xp.ones((len(rngs), D)))
+            for t in range(self.T, 0, -1):
+                if t in kept:
+                    kept[t].append(x)
+                next(steps)
+                if t > 1:
+                    t_x = xp.full(len(x), t)
+                    f_mu, log_f_sigma = q.reverse(x, t_x, self.forward(x, t_x))
+                    x = draw(f_mu, xp.exp(log_f_sigma))
+                else:
+                    x = draw(*q.first(x))
+            parts.append(x)
+        next(steps, None)  # lets a progress bar close
+        samples = xp.concatenate(parts)
+        return (samples, {t: xp.concatenate(xs) for t, xs in kept.items()}) if keep else samples
+
+    def save(self, path, adam=None, half=False):
+        """The model, and the state of its training if adam is given, as an .npz without pickles.
+
+        Written under a temporary name and renamed, so that the file at `path` is whole at any moment. half: only the
+        averaged weights, in half precision, to be shipped."""
+        config = dict(diffusion=type(self.diffusion).__name__, kernel=self.kernel.config, **self.about)
+        content = dict(format=FORMAT, config=json.dumps(config), alpha_bar=to_host(self.diffusion.alpha_bar),
+                       shift=self.shift, scale=self.scale)
+        if half:
+            content["average"] = to_host(adam.average if adam else self.kernel.theta).astype(np.float16)
+        elif adam:
+            content |= dict(theta=to_host(self.kernel.theta), average=to_host(adam.average), m=to_host(adam.m),
+                            v=to_host(adam.v), step=adam.step)
+        else:
+            content["average"] = to_host(self.kernel.theta)
+        temporary = f"{path}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, **content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path, xp=np, threads=None):
+        """The model in a checkpoint, with its averaged weights. InputError if the file is missing, damaged or of another version."""
+        return cls._read(path, xp, threads, "average")[0]
+
+    @classmethod
+    def resume(cls, path, xp=np, threads=None, **options):
+        """The model in a checkpoint as its training left it, and the Adam to go on with; options are Adam's lr, steps, ..."""
+        model, content = cls._read(path, xp, threads, "theta")
+        adam = Adam(model.kernel.theta, xp, **options)
+        for name in ("average", "m", "v"):
+            setattr(adam, name, xp.asarray(content[name]))
+        adam.step = int(content["step"])
+        return model, adam
+
+    @classmethod
+    def _read(cls, path, xp, threads, weights):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                content = {name: file[name] for name in file.files}
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such checkpoint") from None
+        except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path}: not a checkpoint, or a damaged one ({str(error).splitlines()[0] or type(error).__name__})") from None
+        if "format" not in content or int(content["format"]) != FORMAT:
+            raise InputError(f"{path}: a checkpoint of format {content.get('format', 'unknown')}, this program reads {FORMAT}; train it anew")
+        if weights not in content:
+            raise InputError(f"{path}: holds a finished model without the state of its training; it cannot be resumed")
+        config = json.loads(str(content["config"]))
+        diffusion = {"Gaussian": Gaussian}[config.pop("diffusion")](content["alpha_bar"], xp)
+        kernel_config = config.pop("kernel")
+        kernel = Kernel(diffusion, **kernel_config, theta=xp.asarray(content[weights].astype(kernel_config["dtype"])))
+        return cls(diffusion, kernel, content["shift"], content["scale"], config, threads), content
