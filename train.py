@@ -105,7 +105,7 @@ def train(model, adam, dataset, out, seconds=0.0):
         if file.tell() == 0:
             log.writerow(COLUMNS)
         while adam.step < steps and not stopped:
-            x0 = dataset.draw(number, dpm.generator(xp, seed, adam.step), dtype)
+            x0 = xp.asarray(dataset.draw(number, dpm.generator(dataset.xp, seed, adam.step), dtype))
             recent.append(model.gradient(x0, seed, adam.step))
             norm = adam.update([k.grad for k in model.kernels], model.pool)
             bar.update(number)
@@ -226,7 +226,7 @@ def benchmark(args):
         return statistics.median(times[2:])
 
     def step(i):
-        model.gradient(dataset.draw(number, dpm.generator(xp, 0, i), dtype), 0, i)
+        model.gradient(xp.asarray(dataset.draw(number, dpm.generator(dataset.xp, 0, i), dtype)), 0, i)
         adam.update([k.grad for k in model.kernels], model.pool)
 
     size = 1536
@@ -399,9 +399,14 @@ def main():
     evaluate(out, args.gpu)
 
 
-if __name__ == "__main__":
+def run(main):
+    """The end of a script: what the user got wrong, or the disk, is one line and exit status 2."""
     try:
         main()
     except (dpm.InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    run(main)

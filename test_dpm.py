@@ -1,0 +1,854 @@
+"""The truths that dpm.py, data and the scripts are held to: closed forms, enumerations, difference quotients, and real runs.
+
+    python -m pytest -q
+"""
+import dpm  # first: it keeps BLAS to one thread, before numpy starts it
+
+import gzip
+import json
+import math
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import train
+
+HERE = pathlib.Path(__file__).parent
+LN2 = math.log(2)
+
+
+def rng(*seed):
+    return np.random.default_rng(seed)
+
+
+def small_model(shape=(1, 1, 3), T=12, stir=0.3, threads=2, dtype="float64", **options):
+    """A model with random weights everywhere, the readout included, unless stir is 0."""
+    options = {"maps": 0, "upper": 16, "scales": (0, 2)} | options if shape[:2] == (1, 1) else \
+        {"maps": 2, "width": 8, "layers": 2, "upper": 6, "edges": (-1.0, 0.3), "patch": 3, "scales": (1,)} | options
+    q = dpm.Gaussian(dpm.schedule("logsnr", T, 1e-3))
+    kernel = dpm.Kernel(q, shape, dtype=dtype, **options)
+    kernel.theta += stir * rng(7).standard_normal(kernel.theta.shape)
+    return dpm.DPM(q, kernel, shift=0.5, scale=2.0, about=dict(dataset="x"), threads=threads)
+
+
+class Signs:
+    """In place of a random generator: noise whose first two moments over the examples are exactly those of N(0, 1)."""
+
+    def __init__(self, signs):
+        self.signs = signs
+
+    def random(self):
+        return 0.5
+
+    def standard_normal(self, shape, dtype=float):
+        assert shape == self.signs.shape
+        return self.signs.astype(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Room 1: schedules and the diffusion
+# ---------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("T", [2, 10, 40, 1000])
+@pytest.mark.parametrize("kind", ["logsnr", "paper", "linear"])
+def test_schedule(kind, T):
+    alpha_bar = dpm.schedule(kind, T, 1e-4)
+    assert alpha_bar.shape == (T + 1,) and alpha_bar[0] == 1 and np.isclose(alpha_bar[1], 1 - 1e-4, rtol=1e-12)
+    assert (np.diff(alpha_bar) < 0).all() and (alpha_bar >= 0).all()
+    t = np.arange(2, T + 1)
+    if kind == "paper":  # 1 - 1 / (T - s + 1) = (T - s) / (T - s + 1) telescopes
+        np.testing.assert_allclose(alpha_bar[2:], (1 - 1e-4) * (T - t) / (T - 1), rtol=1e-12, atol=1e-16)
+    elif kind == "logsnr":
+        logit = np.log((1 - alpha_bar[1:]) / alpha_bar[1:])
+        np.testing.assert_allclose(np.diff(logit, 2), 0, atol=1e-8)
+        assert np.isclose(logit[-1], 10)
+    else:
+        beta = 1 - alpha_bar[2:] / alpha_bar[1:-1]
+        assert beta[-1] == pytest.approx(min(20 / T, 0.999))
+        assert alpha_bar[-1] < 1e-3 or T == 2
+
+
+@pytest.mark.parametrize("kind", ["logsnr", "paper", "linear"])
+def test_closed_form_is_the_iterated_kernel(kind):
+    """x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise, t times, has the mean and the variance of q(x_t | x_0)."""
+    q, x0 = dpm.Gaussian(dpm.schedule(kind, 20, 1e-3)), np.array([[1.7]])
+    mean, variance = 1.7, 0.0
+    for t in range(1, 21):
+        mean, variance = mean * math.sqrt(1 - q.beta[t]), variance * (1 - q.beta[t]) + q.beta[t]
+        at = np.array([t])
+        assert q.diffuse(x0, at, np.zeros((1, 1))) == pytest.approx(mean, abs=1e-12)
+        assert q.diffuse(np.zeros((1, 1)), at, np.ones((1, 1))) ** 2 == pytest.approx(variance, rel=1e-10)
+
+
+def test_posterior_two_ways():
+    """q(x_{t-1} | x_t, x_0) by its formula, and by Bayes from q(x_{t-1} | x_0) q(x_t | x_{t-1}): precisions add."""
+    q = dpm.Gaussian(dpm.schedule("logsnr", 15, 1e-2))
+    t = np.arange(2, 16)
+    x0, xt = rng(1).standard_normal((2, 14, 3))
+    mu, beta_tilde = q.posterior(x0, xt, t)
+    prior, a = 1 - q.alpha_bar[t - 1][:, None], np.sqrt(1 - q.beta[t])[:, None]
+    beta = q.beta[t][:, None]
+    precision = 1 / prior + a ** 2 / beta
+    np.testing.assert_allclose(beta_tilde, 1 / precision, rtol=1e-9)
+    np.testing.assert_allclose(mu, (np.sqrt(1 - prior) * x0 / prior + a * xt / beta) / precision, rtol=1e-9)
+
+
+def test_reverse_parameterisation():
+    """The v and w that its docstring names give mu~, beta_t and beta~_t."""
+    q = dpm.Gaussian(dpm.schedule("logsnr", 15, 1e-2))
+    t = np.arange(2, 16)
+    x0, eps = rng(2).standard_normal((2, 14, 3))
+    xt, alpha_bar = q.diffuse(x0, t, eps), q.alpha_bar[t][:, None]
+    v = np.sqrt(alpha_bar) * eps - np.sqrt(1 - alpha_bar) * x0
+    f_mu, log_f_sigma = q.reverse(xt, t, np.stack([v, -np.ones_like(v)], 2))
+    mu, beta_tilde = q.posterior(x0, xt, t)
+    np.testing.assert_allclose(f_mu, mu, rtol=1e-9)
+    np.testing.assert_allclose(np.exp(log_f_sigma), np.broadcast_to(beta_tilde, v.shape), rtol=1e-9)
+    f_mu, log_f_sigma = q.reverse(xt, t, np.zeros((14, 3, 2)))
+    np.testing.assert_allclose(f_mu, np.sqrt(1 - q.beta[t])[:, None] * xt, rtol=1e-12)
+    np.testing.assert_allclose(np.exp(log_f_sigma), np.broadcast_to(q.beta[t][:, None], v.shape), rtol=1e-9)
+
+
+def test_kl_is_the_integral_and_dout_its_derivative():
+    q, t = dpm.Gaussian(dpm.schedule("logsnr", 9, 1e-2)), np.array([2, 4, 6])
+    x0, xt = rng(3).standard_normal((2, 3, 1))
+    out = rng(4).standard_normal((3, 1, 2))
+    kl, dout = q.kl(x0, xt, t, out)
+    mu, variance = q.posterior(x0, xt, t)
+    f_mu, log_f_sigma = q.reverse(xt, t, out)
+    for i in range(3):
+        x = mu[i] + np.sqrt(variance[i]) * np.linspace(-12, 12, 20001)
+        log_q = -0.5 * ((x - mu[i]) ** 2 / variance[i] + np.log(2 * np.pi * variance[i]))
+        log_p = -0.5 * ((x - f_mu[i]) ** 2 / np.exp(log_f_sigma[i]) + np.log(2 * np.pi) + log_f_sigma[i])
+        assert np.trapezoid(np.exp(log_q) * (log_q - log_p), x) == pytest.approx(kl[i], rel=1e-8)
+    for direction in np.eye(6).reshape(6, 3, 1, 2):
+        difference = q.kl(x0, xt, t, out + 1e-5 * direction)[0] - q.kl(x0, xt, t, out - 1e-5 * direction)[0]
+        np.testing.assert_allclose(difference / 2e-5, (dout * direction).sum((1, 2)), rtol=1e-6)
+
+
+def test_entropies():
+    q = dpm.Gaussian(dpm.schedule("logsnr", 9, 1e-2))
+    x = 30 * np.linspace(-1, 1, 200001)
+    for variance, H in [(1 - q.alpha_bar[3], q.H_q(3)), (1.0, q.H_pi)]:
+        p = np.exp(-0.5 * x ** 2 / variance) / np.sqrt(2 * np.pi * variance)
+        assert -np.trapezoid(p * np.log(p + 1e-300), x) == pytest.approx(H, rel=1e-6)
+    assert np.trapezoid(np.exp(q.log_pi(x[:, None])), x) == pytest.approx(1)
+
+
+def test_multiply_is_the_product_of_densities():
+    q = dpm.Gaussian(dpm.schedule("logsnr", 9, 1e-2))
+    x = np.linspace(-15, 15, 300001)
+    for f_mu, f_sigma, y, sigma in [(0.3, 0.5, 1.7, 0.8), (-1.0, 2.0, 0.4, 0.1)]:
+        product = np.exp(-0.5 * (x - f_mu) ** 2 / f_sigma - 0.5 * (x - y) ** 2 / sigma ** 2)
+        product /= product.sum()
+        mean, variance = q.multiply(f_mu, f_sigma, dpm.Observation(np.array([y]), sigma))
+        assert mean[0] == pytest.approx((product * x).sum(), rel=1e-8)
+        assert variance[0] == pytest.approx((product * (x - mean[0]) ** 2).sum(), rel=1e-8)
+    mean, variance = q.multiply(np.full(3, 0.3), 0.5, dpm.Observation([1.0, 2.0, np.nan], [0, 1e-9, np.inf]))
+    np.testing.assert_allclose(mean, [1, 2, 0.3], rtol=1e-12)  # known; nearly known; unknown
+    np.testing.assert_allclose(variance, [0, 0, 0.5], atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Room 2: every backward against difference quotients, float64
+# ---------------------------------------------------------------------------------------------------------------------------
+
+def quotient(f, a, direction, h=1e-6):
+    """(f(a + h d) - f(a - h d)) / 2h, by changing `a` in place."""
+    saved = a.copy()
+    values = []
+    for sign in (1, -1):
+        a += sign * h * direction
+        values.append(f())
+        a[...] = saved
+    return (values[0] - values[1]) / (2 * h)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_mlp_backward(rows):
+    """Every weight, the time and the input of an MLP, along random directions, from a random cotangent."""
+    kernel = small_model((5, 1, 2), maps=3).kernel
+    mlp, r = kernel.upper, rng(11)
+    mlp.layers = 2
+    x, e = r.standard_normal((4 * rows, kernel.features_per_pixel)), r.standard_normal((4, 64))
+    dy = r.standard_normal((4 * rows, 4))
+    loss = lambda: float((mlp.forward(x, e) * dy).sum())
+    for add in (False, True):  # added to itself, every gradient doubles
+        loss()
+        de, dx = mlp.backward(dy, add=add, columns=slice(None))
+    for name in [n for n in kernel.W if n.startswith("upper")]:
+        d = r.standard_normal(kernel.W[name].shape)
+        assert (kernel.dW[name] * d).sum() == pytest.approx(2 * quotient(loss, kernel.W[name], d), rel=1e-6), name
+    for a, da in [(x, dx.T), (e, de)]:
+        d = r.standard_normal(a.shape)
+        assert (da * d).sum() == pytest.approx(quotient(loss, a, d), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape, options", [((1, 1, 3), dict(upper_layers=3)), ((4, 5, 2), {}), ((6, 6, 1), dict(maps=3, patch=1))])
+def test_gradient_of_K_in_every_weight(shape, options):
+    model = small_model(shape, stir=0.2, **options)
+    model.kernel.slice = model.kernels[1].slice = 3  # several slices, the last one short
+    x0 = rng(5).standard_normal((23, model.kernel.D))
+    loss = lambda: float(model.gradient(x0, 3, 4)[1].mean()) / model.kernel.D
+    loss()
+    grad = sum(k.grad for k in model.kernels)
+    for name, dW in model.kernel._views(grad).items():
+        d = rng(6).standard_normal(dW.shape)
+        assert (dW * d).sum() == pytest.approx(quotient(loss, model.kernel.W[name], d, 1e-5), rel=1e-6), name
+
+
+def test_kernel_sees_time_place_and_neighbours():
+    """What the features promise: a pixel's own value, its square of neighbours and nothing else without a lower network."""
+    model = small_model((7, 7, 1), maps=0, dtype="float64")
+    x = rng(8).standard_normal((1, 49))
+    out = model.forward(x, 5)
+    x[0, 24] += 1  # the pixel in the middle
+    changed = (model.forward(x, 5) != out).any(2).reshape(7, 7)
+    assert changed[2:5, 2:5].all() and changed.sum() == 9
+    assert (model.forward(x, 6) != model.forward(x, 5)).all()
+
+
+def test_adam_on_a_constant_gradient():
+    """m^ = g and v^ = g^2 from the first step on, so every step is rate * sign(g); the average is what its decay says."""
+    theta = np.zeros(3)
+    adam = dpm.Adam(theta, lr=0.1, steps=10 ** 9, warmup=4)
+    average = np.zeros(3)
+    expected = 0.0
+    for step in range(1, 8):
+        expected -= 0.1 * min(1, step / 4)
+        adam.update([np.array([0.25, -0.125, 0.0]), np.array([0.25, -0.125, 0.0])])  # the sum of two threads
+        np.testing.assert_allclose(theta, [expected, -expected, 0], rtol=1e-6)
+        average += 1 / (10 + step / 10) * (theta - average)
+        np.testing.assert_allclose(adam.average, average, rtol=1e-9)
+    adam = dpm.Adam(theta, lr=0.1, steps=100, warmup=1)
+    norm = adam.update([np.array([30.0, -40.0, 0.0])])
+    assert norm == pytest.approx(50)
+    np.testing.assert_allclose(adam.m, [0.06, -0.08, 0], rtol=1e-9)  # (1 - b1) times the gradient shortened to 1
+    adam.step = 100
+    assert adam.rate() == pytest.approx(0, abs=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Room 3: the bound
+# ---------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("variance, K_star", [(1.0, -1.41893853), (0.3, -0.81969703), (4.0, -2.10499687)])
+def test_K_star_of_gaussian_data(variance, K_star):
+    """K* = -H_q(X_1) + H_q(X_T) - H_p(X_T) for exact kernels, by the function that evaluates trained models. Exact kernels
+    are linear, every KL is a quadratic of (x_0, eps), so four points with the right second moments give its expectation."""
+    q = dpm.Gaussian(np.concatenate([[1], np.cumprod(1 - np.linspace(1e-3, 0.2, 50))]))
+    s = math.sqrt(variance)
+    model = dpm.DPM(q, dpm.IdealKernel(q, data.Mixture([[0.0]], s).moments))
+    found = model.bound(np.array([[-s], [-s], [s], [s]]), Signs(np.array([[-1.0], [1.0], [-1.0], [1.0]])))
+    H = lambda v: 0.5 * math.log(2 * math.pi * math.e * v)
+    at = lambda t: q.alpha_bar[t] * variance + 1 - q.alpha_bar[t]
+    assert found["K"] == pytest.approx(-H(at(1)) + H(at(50)) - H(1), rel=1e-10)
+    assert found["K"] == pytest.approx(K_star, abs=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (4, 4, 1)])
+@pytest.mark.parametrize("kind", ["logsnr", "paper", "linear"])
+def test_at_initialisation_K_is_L_null(kind, shape):
+    """With a zero readout p is the equilibrium kernel, whose trajectories are reversible: K is exactly the log likelihood under pi."""
+    q = dpm.Gaussian(dpm.schedule(kind, 25, 1e-3))
+    model = dpm.DPM(q, dpm.Kernel(q, shape, width=8, layers=1, maps=shape[0] - 1, upper=8, dtype="float64"))
+    x0 = rng(9).standard_normal((6, model.kernel.D))
+    x0 = (x0 - x0.mean()) / x0.std()
+    signs = np.sign(rng(10).standard_normal(x0.shape))
+    found = model.bound(np.concatenate([x0, x0]), Signs(np.concatenate([signs, -signs])))
+    assert found["K"] == pytest.approx(found["L_null"], rel=1e-10)
+    assert found["K_minus_L_null"] == pytest.approx(0, abs=1e-9)
+
+
+def test_parts_sum_to_K():
+    """One KL for each of t = 2..T, the three entropies once each; K_each and K are the same numbers summed in two orders."""
+    model = small_model(T=9)
+    x0 = rng(12).standard_normal((40, 3))
+    for steps in (None, 3):
+        found = model.bound(x0, rng(13), steps, batch=7)
+        assert found["K"] == pytest.approx(-found["kl"].sum() + found["H_q_T"] - found["H_q_1"] - found["H_p_T"], rel=1e-12)
+        assert found["K"] == pytest.approx(found["K_each"].mean(), rel=1e-12)
+        assert (found["kl"][:2] == 0).all() and (found["kl"][2:] > 0).all()
+        assert found["H_p_T"] == pytest.approx(3 * 0.5 * math.log(2 * math.pi * math.e))
+        assert found["H_q_1"] == pytest.approx(3 * 0.5 * math.log(2 * math.pi * math.e * 1e-3))
+
+
+def test_stratified_is_even_and_never_leaves_2_to_T():
+    for number, T in [(7, 40), (256, 1000), (1000, 3), (5, 2)]:
+        for u in (0.0, 0.3, 1 - 2 ** -53):
+            t = dpm.stratified(number, T, u)
+            assert t.min() >= 2 and t.max() <= T
+            if number >= T - 1:
+                counts = np.bincount(t, minlength=T + 1)[2:]
+                assert counts.max() - counts.min() <= (1 if u < 0.9 else 2)  # at u = 1 - 2^-53, i + u rounds to i + 1
+    many = np.concatenate([dpm.stratified(5, 40, u) for u in rng(14).random(4000)])
+    np.testing.assert_allclose(np.bincount(many, minlength=41)[2:] / len(many), 1 / 39, rtol=0.2)  # the last t as often as any
+
+
+def test_stratified_estimate_agrees_with_the_sum_over_all_t():
+    model = small_model(T=12)
+    x0 = rng(15).standard_normal((64, 3))
+    exact = model.bound(x0, rng(16))
+    estimates = [model.gradient(x0, 17, i)[1].mean() for i in range(200)]
+    error = np.std(estimates) / math.sqrt(200) + exact["K_se"] / 5
+    assert abs(np.mean(estimates) - exact["kl"].sum()) < 4 * error
+    few = [model.bound(x0, rng(18, i), steps=2)["K"] for i in range(100)]
+    assert abs(np.mean(few) - exact["K"]) < 4 * (np.std(few) / 10 + exact["K_se"] / 5)
+
+
+def test_swissroll_K_star_and_truth():
+    """The table of known numbers: L = -1.08 bits; K* at T = 40 is -1.31 with logsnr, -1.93 with the paper's schedule."""
+    roll = data.load("swissroll")
+    x0 = roll.held_out(3000)
+    truth = roll.truth.log_density(x0) / LN2
+    assert truth.mean() == pytest.approx(-1.08, abs=4 * truth.std() / math.sqrt(len(x0)))
+    finer = data.SwissRoll(points=8000).truth.log_density(x0) - truth * LN2
+    assert abs(finer.mean()) < 1e-5 and np.abs(finer).max() < 0.02
+    for kind, K_star in [("logsnr", -1.31), ("paper", -1.93)]:
+        q = dpm.Gaussian(dpm.schedule(kind, 40, 0.004 ** 2))
+        best = dpm.DPM(q, dpm.IdealKernel(q, roll.truth.moments)).bound(x0, rng(19), steps=13)["K_each"] / LN2
+        gap = truth - best  # paired: the points' own luck cancels
+        assert gap.mean() == pytest.approx(-1.08 - K_star, abs=0.03 + 4 * gap.std() / math.sqrt(len(x0)))
+
+
+def test_mixture():
+    """Its density integrates to 1, and its moments of x_0 given x_t are those of the joint density, summed on a grid."""
+    mixture = data.Mixture([[-1.0], [0.2], [1.5]], 0.3)
+    x0 = np.linspace(-6, 6, 6001)[:, None]
+    density = np.exp(mixture.log_density(x0))
+    assert np.trapezoid(density, x0[:, 0]) == pytest.approx(1)
+    xt, alpha_bar = np.array([[0.4], [-1.1]]), 0.6
+    joint = density * np.exp(-0.5 * (xt - math.sqrt(alpha_bar) * x0.T) ** 2 / (1 - alpha_bar))
+    joint /= joint.sum(1, keepdims=True)
+    mean, variance = mixture.moments(xt, alpha_bar)
+    np.testing.assert_allclose(mean, joint @ x0, rtol=1e-6)
+    np.testing.assert_allclose(variance, joint @ x0 ** 2 - mean ** 2, rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Room 3: samples and posteriors
+# ---------------------------------------------------------------------------------------------------------------------------
+
+def gaussian_model(variance=4.0, T=50, D=1):
+    q = dpm.Gaussian(np.concatenate([[1], np.cumprod(1 - np.linspace(1e-3, 0.2, T))]))
+    kernel = dpm.IdealKernel(q, data.Mixture(np.zeros((1, D)), math.sqrt(variance)).moments)
+    kernel.D = D
+    return dpm.DPM(q, kernel)
+
+
+def test_samples_have_the_variance_that_the_kernels_imply():
+    """Linear kernels make every x_t Gaussian; its variance follows from a recursion, down to the fixed last step."""
+    model = gaussian_model()
+    q, variance = model.diffusion, 1.0
+    for t in range(50, 1, -1):
+        one, at = np.ones((1, 1)), np.array([t])
+        f_mu, log_f_sigma = q.reverse(one, at, model.kernel.forward(one, at))
+        variance = f_mu[0, 0] ** 2 * variance + math.exp(log_f_sigma[0, 0])
+    variance = (1 - q.beta[1]) * variance + q.beta[1]
+    x, kept = model.sample(20_000, seed=1, batch=20_000, keep=(1, 50))
+    assert x.var() == pytest.approx(variance, rel=5 * math.sqrt(2 / 20_000))
+    assert variance == pytest.approx(4, rel=0.01)
+    assert abs(x.mean()) < 5 * math.sqrt(variance / 20_000)
+    assert (x ** 4).mean() / x.var() ** 2 == pytest.approx(3, abs=5 * math.sqrt(96 / 20_000))  # normal noise, not uniform (1.8)
+    assert kept[50].var() == pytest.approx(1, rel=0.05)
+    last = (x - np.sqrt(1 - q.beta[1]) * kept[1]) / np.sqrt(q.beta[1])  # x_0 is x_1 with the noise of the fixed step
+    assert last.var() == pytest.approx(1, rel=0.05)
+
+
+def test_sample_k_is_the_same_in_any_batch():
+    model = small_model(stir=0.05)
+    x = model.sample(7, seed=3)
+    np.testing.assert_allclose(model.sample(3, seed=3), x[:3], rtol=1e-9)
+    np.testing.assert_allclose(model.sample(7, seed=3, batch=2), x, rtol=1e-9)
+    assert np.abs(model.sample(7, seed=4) - x).min() > 1e-6
+    assert len(np.unique(x[:, 0].round(6))) == 7
+
+
+def test_posterior_samples():
+    """Inpainting keeps the known exactly and changes the rest; a vanishing noise is the same as knowing; a weak observation pulls."""
+    model = gaussian_model(1.0, D=2)
+    y = np.array([1.5, 0.0])
+    plain = model.sample(500, seed=5, batch=500)
+    clamped = model.sample(500, seed=5, r=dpm.Observation(y, [0, np.inf]), batch=500)
+    assert (clamped[:, 0] == 1.5).all()
+    np.testing.assert_allclose(clamped[:, 1], plain[:, 1], rtol=1e-9)  # independent coordinates: nothing else may change
+    assert clamped[:, 1].std() > 0.8
+    near = model.sample(500, seed=5, r=dpm.Observation(y, [1e-7, np.inf]), batch=500)
+    np.testing.assert_allclose(near, clamped, atol=1e-5)
+    pulled = model.sample(500, seed=5, r=dpm.Observation(y, [3.0, np.inf]), batch=500)
+    assert 0.2 < pulled[:, 0].mean() < 1.5 and pulled[:, 0].std() < plain[:, 0].std()
+    one = model.sample(4, seed=5, r=dpm.Observation(np.repeat(y[None], 4, 0), np.array([0, np.inf])), batch=3)
+    np.testing.assert_allclose(one, clamped[:4], rtol=1e-9)  # an observation for each sample, in several batches
+
+
+@pytest.mark.parametrize("y, sigma, says", [
+    ([1.0, np.nan], 0.0, "NaN"), ([1.0, 2.0], [-1, 0], "must be 0"), ([1.0, 2.0], [np.nan, 0], "must be 0"),
+    ([1.0, 2.0], [0, 0, 0], "shape"), (np.zeros((3, 2)), 0.0, "does not fit"), (np.zeros(3), 0.0, "does not fit")])
+def test_bad_observations(y, sigma, says):
+    with pytest.raises(dpm.InputError, match=says):
+        gaussian_model(D=2).sample(4, r=dpm.Observation(y, sigma))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Determinism and checkpoints
+# ---------------------------------------------------------------------------------------------------------------------------
+
+def steps(model, adam, first, last, D):
+    for i in range(first, last):
+        model.gradient(rng(1, i).standard_normal((16, D)).astype(model.kernel.dtype), 0, i)
+        adam.update([k.grad for k in model.kernels], model.pool)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (5, 5, 1)])
+def test_training_is_deterministic_and_resumes_bit_for_bit(tmp_path, shape):
+    def fresh():
+        model = small_model(shape, dtype="float32")
+        return model, dpm.Adam(model.kernel.theta, steps=12, warmup=3)
+
+    model, adam = fresh()
+    steps(model, adam, 0, 12, model.kernel.D)
+    again, adam_again = fresh()
+    steps(again, adam_again, 0, 5, again.kernel.D)
+    again.save(tmp_path / "c.npz", adam_again)
+    resumed, adam_resumed = dpm.DPM.resume(tmp_path / "c.npz", threads=2, steps=12, warmup=3)
+    steps(resumed, adam_resumed, 5, 12, resumed.kernel.D)
+    assert (resumed.kernel.theta == model.kernel.theta).all() and (adam_resumed.average == adam.average).all()
+    assert not (again.kernel.theta == model.kernel.theta).all()
+
+
+def test_checkpoint_round_trip(tmp_path):
+    model = small_model((4, 4, 1), dtype="float32")
+    model.save(tmp_path / "full.npz")
+    model.save(tmp_path / "half.npz", half=True)
+    x0 = rng(20).standard_normal((5, 16))
+    loaded = dpm.DPM.load(tmp_path / "full.npz", threads=2)
+    assert (loaded.shift, loaded.scale, loaded.about) == (0.5, 2.0, {"dataset": "x"})
+    assert loaded.bound(x0, rng(21))["K"] == model.bound(x0, rng(21))["K"]
+    assert dpm.DPM.load(tmp_path / "half.npz").bound(x0, rng(21))["K"] == pytest.approx(model.bound(x0, rng(21))["K"], rel=1e-2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full.npz", "half.npz"]  # no temporary file stays
+
+
+def test_bad_checkpoints(tmp_path):
+    small_model().save(tmp_path / "good.npz")
+    raw = (tmp_path / "good.npz").read_bytes()
+    with np.load(tmp_path / "good.npz") as file:
+        content = dict(file)
+    (tmp_path / "short.npz").write_bytes(raw[:len(raw) // 2])
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "flipped.npz").write_bytes(raw[:1500] + bytes([raw[1500] ^ 255]) + raw[1501:])
+    np.savez(tmp_path / "newer.npz", **(content | {"format": dpm.FORMAT + 1}))
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    for name, says in [("none", "no such checkpoint"), ("short", "damaged"), ("empty", "damaged"), ("flipped", "damaged"),
+                       ("newer", "format"), ("other", "format")]:
+        with pytest.raises(dpm.InputError, match=says):
+            dpm.DPM.load(tmp_path / f"{name}.npz")
+    with pytest.raises(dpm.InputError, match="cannot be resumed"):
+        dpm.DPM.resume(tmp_path / "good.npz")
+
+
+def test_shipped_model():
+    """The MNIST model beside the data: from its own config, on test images, at the figure the README gives."""
+    model = dpm.DPM.load(HERE / "data" / "mnist" / "model.npz")
+    mnist = train.load_for(model)
+    found = model.bound(mnist.held_out(300), rng(22), steps=5)
+    bits_per_dim = -found["K"] / 784 / LN2 + math.log2(model.scale)
+    assert bits_per_dim < SHIPPED_BITS_PER_DIM + 0.02 + 4 * found["K_se"] / 784 / LN2
+
+
+SHIPPED_BITS_PER_DIM = 1.20
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------------
+
+def test_mnist_is_the_original_dequantised_and_normalised():
+    mnist = data.load("mnist")  # its checksums are verified on load
+    assert len(mnist.train) == 60_000 and len(mnist.test) == 10_000 and mnist.shape == (28, 28, 1)
+    assert mnist.scale == pytest.approx(78.6, abs=0.05)
+    x, y = mnist.draw(4000, rng(23)), mnist.held_out(50)
+    assert x.mean() == pytest.approx(0, abs=0.02) and x.var() == pytest.approx(1, abs=0.02)
+    raw = y * mnist.scale + mnist.shift
+    assert (np.floor(raw + 1e-9) == mnist.test[:50]).all()
+    fraction = raw - mnist.test[:50]
+    assert fraction.min() >= -1e-9 and fraction.max() < 1 and fraction.mean() == pytest.approx(0.5, abs=0.01)
+    assert (mnist.held_out(50, seed=1) != y).any()
+    assert mnist.edges == pytest.approx([(level - mnist.shift) / mnist.scale for level in (0, 1, 255, 256)])
+
+
+def idx(array, kind=8):
+    return bytes([0, 0, kind, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def test_other_data(tmp_path):
+    """IDX folders (gzipped or not), IDX files, .npy and .npz: what is read is what was written; without a test part 9:1, seeded."""
+    images = rng(24).integers(0, 256, (30, 4, 5)).astype(np.uint8)
+    (tmp_path / "idx").mkdir()
+    (tmp_path / "idx" / "train-images-idx3-ubyte").write_bytes(idx(images))
+    (tmp_path / "idx" / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images[:7])))
+    folder = data.load(tmp_path / "idx")
+    assert (folder.train.reshape(images.shape) == images).all() and len(folder.test) == 7 and folder.shape == (4, 5, 1)
+    np.save(tmp_path / "a.npy", images)
+    one, two = data.load(tmp_path / "a.npy"), data.load(tmp_path / "idx" / "train-images-idx3-ubyte")
+    assert len(one.train) == 27 and len(one.test) == 3 and (one.test == two.test).all()
+    assert sorted(map(bytes, np.concatenate([one.train, one.test]))) == sorted(map(bytes, images.reshape(30, -1)))
+    vectors = rng(25).standard_normal((20, 6)).astype(np.float32)
+    np.savez(tmp_path / "b.npz", train=vectors, test=vectors[:5])
+    b = data.load(tmp_path / "b.npz")
+    assert b.shape == (1, 1, 6) and not b.bytes and b.edges == () and (b.test == vectors[:5]).all()
+    x = b.normalise(b.train, None)
+    assert x.mean() == pytest.approx(0, abs=1e-6) and x.var() == pytest.approx(1, abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The scripts, as their users run them
+# ---------------------------------------------------------------------------------------------------------------------------
+
+def script(*arguments, cwd, **options):
+    return subprocess.run([sys.executable, HERE / arguments[0], *map(str, arguments[1:])], cwd=cwd, text=True,
+                          capture_output=True, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with small data in it and two trained runs, one of vectors and one of images."""
+    place = tmp_path_factory.mktemp("place")
+    digits = data.load("mnist").train[:400].reshape(-1, 28, 28)[:, 6:22:2, 6:22:2]
+    np.save(place / "digits.npy", digits)
+    for arguments in (("--steps", 300), ("--dataset", "digits.npy", "--steps", 30, "--timesteps", 20, "--batch-size", 16)):
+        done = script("train.py", *arguments, cwd=place)
+        assert done.returncode == 0, done.stderr
+    return place
+
+
+def test_train_leaves_everything(place):
+    for name, figures in [("swissroll", {"figure1.png"}), ("digits", {"samples.png"})]:
+        run = place / "runs" / name
+        assert {p.name for p in run.iterdir()} == {"checkpoint.npz", "log.csv", "result.json", "training.png", "kl.png"} | figures
+        result = json.loads((run / "result.json").read_text())
+        assert result["K_bits"] == pytest.approx(-sum(result["kl_bits"]) + result["H_q_T_bits"] - result["H_q_1_bits"] - result["H_p_T_bits"])
+        log = np.genfromtxt(run / "log.csv", delimiter=",", names=True)
+        assert log["step"][-1] == result["steps"] and log["K_minus_L_null_bits"][-1] > log["K_minus_L_null_bits"][0]
+    roll = json.loads((place / "runs" / "swissroll" / "result.json").read_text())
+    assert 0 < roll["K_minus_L_null_bits"] and roll["K_bits"] < roll["K_star_bits"] < roll["L_true_bits"] + 0.05
+    digits = json.loads((place / "runs" / "digits" / "result.json").read_text())
+    assert digits["bits_per_dim"] == pytest.approx(-digits["K_bits"] / 64 + math.log2(digits["scale"]))
+    assert digits["bits_per_dim"] < math.log2(digits["scale"]) - digits["L_null_bits"] / 64  # better than a Gaussian
+
+
+def test_evaluate_again_is_the_same(place):
+    before = json.loads((place / "runs" / "digits" / "result.json").read_text())
+    done = script("train.py", "--evaluate", "runs/digits", cwd=place)
+    assert done.returncode == 0 and "bits/dim" in done.stdout, done.stderr
+    after = json.loads((place / "runs" / "digits" / "result.json").read_text())
+    assert after["K_bits"] == before["K_bits"] and after["kl_bits"] == before["kl_bits"]
+
+
+def test_sample_script(place):
+    """Samples, inpainting by part and by mask, denoising; the arrays keep what was given and change what was not."""
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:3] = 255
+    Image.fromarray(mask).save(place / "mask.png")
+    for arguments in ((), ("--inpaint",), ("--inpaint", "mask.png", "--out", "masked"), ("--denoise", 0.5), ("--checkpoint", "runs/swissroll", "--out", "roll")):
+        done = script("sample.py", *arguments, *(() if "roll" in arguments else ("--checkpoint", "runs/digits")), "--number", 3, cwd=place)
+        assert done.returncode == 0, done.stderr
+    assert np.load(place / "runs" / "samples.npz")["samples"].shape == (3, 64) and np.load(place / "roll.npz")["samples"].shape == (3, 2)
+    for name, unknown in [("runs/inpaint.npz", np.arange(8) < 4), ("masked.npz", (np.arange(8) < 3)[:, None])]:
+        arrays = np.load(place / name)
+        unknown = np.broadcast_to(unknown, (8, 8)).ravel()
+        assert (arrays["unknown"] == unknown).all()
+        kept = np.abs(arrays["samples"] - arrays["truth"][:, None])
+        assert kept[..., ~unknown].max() == 0 and np.median(kept[..., unknown]) > 0.1
+        assert arrays["samples"][..., unknown].std(1).min() > 0
+    arrays = np.load(place / "runs" / "denoise.npz")
+    assert 0.3 < (arrays["given"] - arrays["truth"]).std() / np.load(place / "runs" / "digits" / "checkpoint.npz")["scale"] < 0.7
+    for name in ("runs/samples.png", "runs/inpaint.png", "masked.png", "runs/denoise.png", "roll.png"):
+        with Image.open(place / name) as picture:
+            assert np.asarray(picture).std() > 1
+
+
+def arrays_of(run):
+    with np.load(run / "checkpoint.npz") as file:
+        return {name: file[name] for name in ("theta", "average", "m", "v", "step")}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_in_the_middle_and_resumed_bit_for_bit(tmp_path, how):
+    """Killed or interrupted after its first checkpoint, then resumed: the same bits as a run that was never stopped."""
+    flags = ["--steps", "1500", "--batch-size", "64", "--seed", "5"]
+    straight = subprocess.Popen([sys.executable, HERE / "train.py", *flags, "--out", "straight"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, HERE / "train.py", *flags, "--out", "run"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "log.csv"
+    while not (log.exists() and log.read_text().count("\n") > 4):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(how)
+    output, _ = process.communicate()
+    stopped_at = int(arrays_of(tmp_path / "run")["step"])
+    assert 0 < stopped_at < 1500
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and "--resume" in output
+    done = script("train.py", "--resume", "run", cwd=tmp_path)
+    assert done.returncode == 0 and f"steps {stopped_at}..1500" in done.stdout, done.stderr
+    assert straight.wait(timeout=120) == 0
+    resumed, never_stopped = arrays_of(tmp_path / "run"), arrays_of(tmp_path / "straight")
+    for name in resumed:
+        assert (resumed[name] == never_stopped[name]).all(), name
+    numbers = [row.split(",")[0] for row in log.read_text().splitlines()[1:]]
+    assert len(numbers) == len(set(numbers)) and numbers[-1] == "1500"  # every step logged once
+
+
+def test_a_loss_that_turns_nan_stops_and_keeps_the_last_checkpoint(tmp_path):
+    done = script("train.py", "--lr", "1e30", "--steps", 400, cwd=tmp_path)
+    assert done.returncode == 2 and "the loss is" in done.stderr and "smaller --lr" in done.stderr and "Traceback" not in done.stderr
+    checkpoint = tmp_path / "runs" / "swissroll" / "checkpoint.npz"
+    assert not checkpoint.exists() or np.isfinite(np.load(checkpoint)["theta"]).all()
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(place, tmp_path):
+    """No file may grow beyond 1 KiB: the new checkpoint cannot be written, the old one is still whole."""
+    shutil.copytree(place / "runs" / "swissroll", tmp_path / "run")
+    before = (tmp_path / "run" / "checkpoint.npz").read_bytes()
+    done = script("train.py", "--resume", "run", "--steps", 400, cwd=tmp_path,
+                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)))
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error:"), done.stderr
+    assert (tmp_path / "run" / "checkpoint.npz").read_bytes() == before
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
+    """Every mistake of a user, through the real scripts: one line that names it, and nothing written."""
+    digits = np.load(place / "digits.npy")
+    wrong = {"nan": np.where(rng(26).random((20, 3)) < 0.1, np.nan, 1.0), "constant": np.ones((20, 3)), "flat": np.ones(20),
+             "ints": np.arange(60).reshape(20, 3), "text": np.array([["a", "b"]] * 20), "few": np.ones((3, 2)), "none": np.ones((0, 2))}
+    for name, array in wrong.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    np.save(tmp_path / "objects.npy", np.array([{}, {}]), allow_pickle=True)
+    np.savez(tmp_path / "unnamed.npz", a=digits, b=digits)
+    np.savez(tmp_path / "unlike.npz", train=digits, test=digits[:, :5])
+    (tmp_path / "cut.npy").write_bytes((place / "digits.npy").read_bytes()[:5000])
+    (tmp_path / "cut.idx").write_bytes(idx(digits)[:-10])
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(idx(digits))[:-50])
+    (tmp_path / "noise.idx").write_bytes(b"something else entirely")
+    (tmp_path / "folder").mkdir()
+    Image.fromarray(np.eye(5, dtype=np.uint8) * 255).save(tmp_path / "mask5.png")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "black.png")
+    shutil.copytree(place / "runs" / "digits", tmp_path / "digits")
+    with np.load(tmp_path / "digits" / "checkpoint.npz") as file:
+        content = dict(file)
+    np.savez(tmp_path / "newer.npz", **(content | {"format": 99}))
+    config = json.loads(str(content["config"]))
+    np.save(tmp_path / "digits.npy", digits[:, :6])  # the data of the checkpoint, changed since
+    np.savez(tmp_path / "gone.npz", **(content | {"config": json.dumps(config | {"dataset": "gone.npy"})}))
+    broken = tmp_path / "broken"  # a copy of the program whose MNIST is damaged
+    shutil.copytree(HERE, broken, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "model.npz"))
+    raw = bytearray(gzip.decompress((broken / "data" / "mnist" / "t10k-images-idx3-ubyte.gz").read_bytes()))
+    raw[5000] ^= 1
+    (broken / "data" / "mnist" / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(raw), 1))
+    known = ["--checkpoint", str(place / "runs" / "digits")]
+    cases = [(["train.py", "--dataset", name], says) for name, says in [
+        ("nonsense", "no data set or file"), ("nan.npy", "NaN"), ("constant.npy", "constant"), ("flat.npy", "must be (N, D)"),
+        ("ints.npy", "uint8"), ("text.npy", "uint8"), ("few.npy", "at least 10"), ("none.npy", "must be (N, D)"), ("objects.npy", "cannot be read"),
+        ("unnamed.npz", "name one of them"), ("unlike.npz", "must agree"), ("cut.npy", "cannot be read"), ("cut.idx", "damaged"),
+        ("cut.gz", "cannot be read"), ("noise.idx", "not an IDX"), ("folder", "no train-images")]]
+    cases += [([broken / "train.py", "--dataset", "mnist"], "checksum"),
+              (["train.py", "--out", "digits"], "another run"), (["train.py", "--steps", "0"], "must be positive"),
+              (["train.py", "--timesteps", "1"], "2 or more"), (["train.py", "--resume", "nowhere"], "no such checkpoint"),
+              (["train.py", "--resume", place / "runs" / "digits", "--lr", "1"], "was started with"),
+              (["train.py", "--evaluate", "newer.npz"], "format 99"), (["train.py", "--evaluate", "cut.npy"], "not a checkpoint"),
+              (["train.py", "--evaluate", "gone.npz"], "gone.npy"), (["train.py", "--evaluate", "digits"], "was trained on"),
+              (["sample.py", "--checkpoint", "nowhere"], "no such checkpoint"), (["sample.py", "--checkpoint", "digits", "--inpaint"], "was trained on"),
+              (["sample.py", *known, "--inpaint", "nowhere.png"], "nor a mask"), (["sample.py", *known, "--inpaint", "cut.idx"], "not a picture"),
+              (["sample.py", "--checkpoint", "mnist-like", "--denoise", "-1"], "positive"), (["sample.py", *known, "--number", "0"], "positive")]
+    if dpm.backend() is np:
+        cases += [(["train.py", "--gpu"], "--gpu:"), (["sample.py", *known, "--gpu"], "--gpu:")]
+    files = sorted(tmp_path.rglob("*"))
+
+    def check(case):
+        arguments, says = case
+        done = script(*arguments, cwd=tmp_path)
+        lines = done.stderr.strip().splitlines()
+        return None if done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0] else (arguments, done)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert not list(filter(None, pool.map(check, cases)))
+    assert [p for p in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(p)] == [p for p in files if "__pycache__" not in str(p)]
+    for mask, says in [("mask5.png", "the mask is 5 x 5"), ("black.png", "nothing is missing")]:
+        done = script("sample.py", *known, "--inpaint", tmp_path / mask, cwd=place)
+        assert done.returncode == 2 and says in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The CuPy path: with a stand-in that is stricter than CuPy, and with CuPy where there is a device
+# ---------------------------------------------------------------------------------------------------------------------------
+
+class DeviceArray:
+    """An array that behaves as if it lay on a device: it meets only its like and scalars, and NumPy cannot get at it."""
+
+    __array_ufunc__ = None  # NumPy's functions refuse it
+
+    def __init__(self, a):
+        self.a = a
+
+    def __array__(self, *_, **__):
+        raise TypeError("implicit conversion of a device array to NumPy")
+
+    def get(self):
+        return np.array(self.a)
+
+    def __len__(self):
+        return len(self.a)
+
+    def __float__(self):
+        return float(self.a)
+
+    def __bool__(self):
+        return bool(self.a)
+
+    def __getattr__(self, name):
+        if name.startswith("__"):  # such as NumPy's ways to the memory
+            raise AttributeError(name)
+        value = getattr(self.a, name)
+        return value if name in ("shape", "dtype", "ndim", "size") else device(value)
+
+    def __getitem__(self, index):
+        return on_device(self.a.__getitem__)(index)
+
+    def __setitem__(self, index, value):
+        on_device(self.a.__setitem__)(index, value)
+
+
+def host(x):
+    """The NumPy array inside, of a thing that may be on the device."""
+    if isinstance(x, np.ndarray):
+        raise TypeError("a NumPy array where a device array is needed")
+    if isinstance(x, (tuple, list)):
+        return type(x)(map(host, x))
+    return x.a if isinstance(x, DeviceArray) else x
+
+
+def device(x):
+    if callable(x):
+        return on_device(x)
+    return DeviceArray(x if isinstance(x, np.ndarray) else np.asarray(x)) if isinstance(x, (np.ndarray, np.generic)) else x
+
+
+def on_device(f):
+    return lambda *args, **options: device(f(*host(args), **{k: host(v) for k, v in options.items()}))
+
+
+def operator(name):
+    def method(self, *others):
+        value = on_device(getattr(self.a, name))(*others)
+        return self if name.startswith("__i") and name != "__invert__" else value
+    return method
+
+
+for _name in ("add", "sub", "mul", "truediv", "pow", "matmul", "and", "or"):
+    for _prefix in ("", "r", "i"):
+        setattr(DeviceArray, f"__{_prefix}{_name}__", operator(f"__{_prefix}{_name}__"))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs", "floordiv", "mod"):
+    setattr(DeviceArray, f"__{_name}__", operator(f"__{_name}__"))
+
+
+class StandIn:
+    """In place of the module cupy; remembers which of its names were used."""
+
+    def __init__(self):
+        self.used = set()
+        self.random = self.cuda = self
+
+    def __getattr__(self, name):
+        self.used.add(name)
+        return on_device(getattr(np, name))
+
+    def asarray(self, a):
+        return a if isinstance(a, DeviceArray) else DeviceArray(np.asarray(a))
+
+    def Philox4x3210(self, seed):
+        return np.random.Philox(np.random.SeedSequence(seed))
+
+    def Generator(self, bits):
+        generator = np.random.Generator(bits)
+
+        class Draws:  # the signatures of CuPy's generator
+            standard_normal = staticmethod(lambda size=None, dtype=np.float64, out=None: device(generator.standard_normal(size, dtype, out)))
+            random = staticmethod(lambda size=None, dtype=np.float64, out=None: device(generator.random(size, dtype, out)))
+            integers = staticmethod(lambda low, high=None, size=None, dtype=np.int64, endpoint=False: device(generator.integers(low, high, size, dtype, endpoint)))
+        return Draws
+
+    @property
+    def runtime(self):
+        return type("runtime", (), {"getDeviceProperties": lambda _: {"name": b"stand-in"}})
+
+
+def test_the_stand_in_refuses_what_cupy_refuses():
+    xp, a = StandIn(), StandIn().asarray(np.arange(3.0))
+    for mix in (lambda: a + np.ones(3), lambda: np.ones(3) + a, lambda: np.sqrt(a), lambda: np.asarray(a), lambda: xp.exp(np.ones(3)),
+                lambda: a.__setitem__(slice(None), np.ones(3)), lambda: a[np.array([0])], lambda: xp.matmul(a, a, out=np.ones(1))):
+        with pytest.raises(TypeError):
+            mix()
+    a *= 2
+    assert isinstance(a, DeviceArray) and (to := a.sum()).get() == 6 and isinstance(to, DeviceArray)
+
+
+@pytest.mark.parametrize("xp", [StandIn(), "cupy"])
+@pytest.mark.parametrize("shape", [(1, 1, 3), (5, 4, 2)])
+def test_gpu_agrees_with_cpu(xp, shape, tmp_path):
+    """The same weights, data and noise on both: bound, samples and posterior samples agree; gradients agree in float64."""
+    if xp == "cupy":
+        xp = dpm.backend()
+        if xp is np:
+            pytest.skip("no GPU here")
+    cpu = small_model(shape, stir=0.1)
+    cpu.save(tmp_path / "c.npz")
+    gpu = dpm.DPM.load(tmp_path / "c.npz", xp)
+    x0 = rng(27).standard_normal((9, cpu.kernel.D))
+    ours, theirs = cpu.bound(x0, rng(28)), gpu.bound(x0, rng(28))
+    np.testing.assert_allclose(theirs["kl"], ours["kl"], rtol=1e-8)
+    np.testing.assert_allclose(theirs["K_each"], ours["K_each"], rtol=1e-8)
+    r = [dpm.Observation(x0, np.where(np.arange(x0.shape[1]) % 2, 0.3, 0), a) for a in (np, xp)]
+    np.testing.assert_allclose(dpm.to_host(gpu.sample(9)), cpu.sample(9), rtol=1e-6)
+    np.testing.assert_allclose(dpm.to_host(gpu.sample(9, r=r[1])), cpu.sample(9, r=r[0]), rtol=1e-6)
+    t = np.arange(9) % 11 + 2
+    dout = rng(29).standard_normal((9, cpu.kernel.D, 2))
+    for model in (cpu, gpu):
+        a = model.xp.asarray
+        model.kernel.gradient(a(x0), a(t), lambda s, out: a(dout)[s])
+    np.testing.assert_allclose(dpm.to_host(gpu.kernel.grad), cpu.kernel.grad, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("dataset", ["swissroll", "digits.npy"])
+def test_scripts_on_the_stand_in(dataset, tmp_path, monkeypatch):
+    """train.py --gpu from data to figures, with the stand-in as cupy: no step of it mixes host and device."""
+    cupy = StandIn()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.chdir(tmp_path)
+    np.save("digits.npy", rng(30).integers(0, 256, (40, 6, 6)).astype(np.uint8))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--gpu", "--dataset", dataset, "--steps", "4", "--timesteps", "6", "--batch-size", "8"])
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        train.main()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    run = next(pathlib.Path("runs").iterdir())
+    assert json.loads((run / "result.json").read_text())["device"] == "stand-in"
+    try:
+        import importlib
+        monkeypatch.delitem(sys.modules, "cupy")
+        real = importlib.import_module("cupy")
+    except ImportError:
+        return
+    assert all(hasattr(real, name) or hasattr(real.random, name) or hasattr(real.cuda, name) for name in cupy.used)
