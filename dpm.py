@@ -32,6 +32,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from scipy.special import expit, logit
 
 FORMAT = 1  # of the checkpoint file
 
@@ -83,9 +84,7 @@ def schedule(kind, T, beta_1):
         raise InputError(f"a schedule needs T >= 2 and 0 < beta_1 < 1, not T = {T}, beta_1 = {beta_1}")
     t = np.arange(2, T + 1)
     if kind == "logsnr":
-        start = math.log(beta_1 / (1 - beta_1))
-        logit = start + (10 - start) * (t - 1) / (T - 1)
-        return np.concatenate([[1, 1 - beta_1], 1 / (1 + np.exp(logit))])
+        return np.concatenate([[1], expit(-np.linspace(logit(beta_1), 10, T))])
     if kind == "paper":
         beta = 1 / (T - t + 1)
     elif kind == "linear":

@@ -18,6 +18,7 @@ import zipfile
 import zlib
 
 import numpy as np
+from scipy.special import logsumexp, softmax
 
 from dpm import InputError
 
@@ -45,17 +46,13 @@ class Mixture:
 
     def log_density(self, x):
         """log p(x) in nats, (n,)."""
-        log_weights = self._log_weights(x, 1.0, self.sigma ** 2)
-        top = log_weights.max(1)
-        return top + np.log(np.exp(log_weights - top[:, None]).mean(1))
+        return logsumexp(self._log_weights(x, 1.0, self.sigma ** 2), axis=1) - np.log(len(self.centres))
 
     def moments(self, x, alpha_bar):
         """Mean and variance of every coordinate of x_0 given x_t = x (n, D), at one noise level alpha_bar."""
         variance = alpha_bar * self.sigma ** 2 + 1 - alpha_bar
         gain = np.sqrt(alpha_bar) * self.sigma ** 2 / variance
-        log_weights = self._log_weights(x, np.sqrt(alpha_bar), variance)
-        weights = np.exp(log_weights - log_weights.max(1, keepdims=True))
-        weights /= weights.sum(1, keepdims=True)
+        weights = softmax(self._log_weights(x, np.sqrt(alpha_bar), variance), axis=1)
         shrunk = (1 - gain * np.sqrt(alpha_bar)) * self.centres
         mean = weights @ shrunk
         spread = np.maximum(weights @ shrunk ** 2 - mean ** 2, 0)
