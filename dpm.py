@@ -106,15 +106,23 @@ class Gaussian:
     def __init__(self, alpha_bar, xp=np):
         alpha_bar = np.asarray(alpha_bar, np.float64)
         before = np.concatenate([[1], alpha_bar[:-1]])                  # alpha_bar_{t-1}
-        beta = 1 - alpha_bar / before
-        beta_tilde = np.zeros_like(beta)
-        beta_tilde[1:] = beta[1:] * (1 - before[1:]) / (1 - alpha_bar[1:])
+        beta, noise = 1 - alpha_bar / before, 1 - alpha_bar
+        with np.errstate(divide="ignore", invalid="ignore"):            # at t < 2 there is no posterior
+            beta_tilde = beta * (1 - before) / noise
+            tables = dict(forward=(np.sqrt(alpha_bar), np.sqrt(noise)),
+                          posterior=(np.sqrt(before) * beta / noise, np.sqrt(1 - beta) * (1 - before) / noise, beta_tilde),
+                          reverse=(np.sqrt(1 - beta), -beta * np.sqrt(before / noise), np.log(beta), np.log(beta / beta_tilde)))
         self.xp, self.T = xp, len(alpha_bar) - 1
-        self.alpha_bar, self._before, self.beta, self.beta_tilde = map(xp.asarray, (alpha_bar, before, beta, beta_tilde))
+        self.alpha_bar, self.beta = xp.asarray(alpha_bar), xp.asarray(beta)
+        self._tables = {name: xp.asarray(np.stack(rows)) for name, rows in tables.items()}
 
-    def _at(self, t):
-        """alpha_bar_t, alpha_bar_{t-1}, beta_t, beta~_t as columns (n, 1)."""
-        return (a[t][:, None] for a in (self.alpha_bar, self._before, self.beta, self.beta_tilde))
+    def _at(self, name, t):
+        """The coefficients in that table at t (n,), as columns (n, 1)."""
+        return self._tables[name][:, t][:, :, None]
+
+    def signal_and_noise(self, t):
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), (n, 1): what is left of x_0 in x_t, and the deviation of what was added."""
+        return self._at("forward", t)
 
     def noise(self, shape, rng, dtype=np.float64):
         """The randomness of one draw, frozen: eps ~ N(0, I)."""
@@ -122,8 +130,8 @@ class Gaussian:
 
     def diffuse(self, x0, t, eps):
         """x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), from frozen noise eps (n, D)."""
-        alpha_bar, _, _, _ = self._at(t)
-        return self.xp.sqrt(alpha_bar) * x0 + self.xp.sqrt(1 - alpha_bar) * eps
+        signal, deviation = self.signal_and_noise(t)
+        return signal * x0 + deviation * eps
 
     def posterior(self, x0, xt, t):
         """q(x_{t-1} | x_t, x_0) = N(mu~, beta~_t I), t >= 2 (eqs. 47-48; below it all is known): mu~ (n, D) and beta~_t (n, 1).
@@ -131,14 +139,8 @@ class Gaussian:
         beta~_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
         mu~ = [ sqrt(alpha_bar_{t-1}) beta_t x_0 + sqrt(1 - beta_t) (1 - alpha_bar_{t-1}) x_t ] / (1 - alpha_bar_t)
         """
-        alpha_bar, before, beta, beta_tilde = self._at(t)
-        sqrt = self.xp.sqrt
-        return (sqrt(before) * beta * x0 + sqrt(1 - beta) * (1 - before) * xt) / (1 - alpha_bar), beta_tilde
-
-    def _shift_and_spread(self, t):
-        """What one unit of v moves f_mu by, and one unit of w moves log f_sigma by: (n, 1) each."""
-        alpha_bar, before, beta, beta_tilde = self._at(t)
-        return -beta * self.xp.sqrt(before / (1 - alpha_bar)), self.xp.log(beta / beta_tilde)
+        from_x0, from_xt, beta_tilde = self._at("posterior", t)
+        return from_x0 * x0 + from_xt * xt, beta_tilde
 
     def reverse(self, xt, t, out):
         """p(x_{t-1} | x_t) = N(f_mu, f_sigma), t >= 2: f_mu and log f_sigma (n, D).
@@ -150,9 +152,8 @@ class Gaussian:
         sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0, of unit size at every t. w = 0 and w = -1 stand at the upper and the
         lower bound that eq. 24 puts on the entropy of this step.
         """
-        _, _, beta, _ = self._at(t)
-        shift, spread = self._shift_and_spread(t)
-        return self.xp.sqrt(1 - beta) * xt + shift * out[..., 0], self.xp.log(beta) + spread * out[..., 1]
+        shrink, shift, log_beta, spread = self._at("reverse", t)
+        return shrink * xt + shift * out[..., 0], log_beta + spread * out[..., 1]
 
     def kl(self, x0, xt, t, out):
         """KL[ q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ], t >= 2, in nats (n,), and its derivative dout, shaped as out.
@@ -165,11 +166,11 @@ class Gaussian:
         precision, error = xp.exp(-log_f_sigma), f_mu - mu
         df_mu = error * precision
         excess = beta_tilde * precision + df_mu * error                 # 1 where p has just the right variance
-        shift, spread = self._shift_and_spread(t)
+        _, shift, log_beta, spread = self._at("reverse", t)             # log beta~ = log beta - spread
         dout = xp.empty(out.shape, out.dtype)
         dout[..., 0] = df_mu * shift
         dout[..., 1] = 0.5 * (1 - excess) * spread
-        return 0.5 * (log_f_sigma - xp.log(beta_tilde) - 1 + excess).sum(1), dout
+        return 0.5 * (log_f_sigma + excess + (spread - log_beta - 1)).sum(1), dout
 
     def ideal(self, xt, t, mean, variance):
         """The out (n, D, 2) for which p is the best diagonal Gaussian there is, from E[x_0 | x_t] and Var[x_0 | x_t], (n, D).
@@ -177,11 +178,11 @@ class Gaussian:
         x_{t-1} has, given x_t, the mean mu~(E x_0, x_t) and the variance beta~_t + (d mu~ / d x_0)^2 Var x_0.
         """
         xp = self.xp
-        alpha_bar, before, beta, beta_tilde = self._at(t)
-        f_sigma = beta_tilde + before * (beta / (1 - alpha_bar)) ** 2 * variance
-        eps = (xt - xp.sqrt(alpha_bar) * mean) / xp.sqrt(1 - alpha_bar)
-        return xp.stack([xp.sqrt(alpha_bar) * eps - xp.sqrt(1 - alpha_bar) * mean,
-                         xp.log(f_sigma / beta) / xp.log(beta / beta_tilde)], 2)
+        from_x0, _, beta_tilde = self._at("posterior", t)
+        signal, deviation = self.signal_and_noise(t)
+        _, _, log_beta, spread = self._at("reverse", t)
+        eps = (xt - signal * mean) / deviation
+        return xp.stack([signal * eps - deviation * mean, (xp.log(beta_tilde + from_x0 ** 2 * variance) - log_beta) / spread], 2)
 
     def step(self, f_mu, f_sigma, eps):
         """A draw from N(f_mu, f_sigma) with noise eps; f_sigma is a variance."""
@@ -268,17 +269,19 @@ class MLP:
         """y (N, outputs), valid until the next call; keeps what backward needs."""
         xp, W, name = self.kernel.xp, self.kernel.W, self.name
         n, N = len(e), len(x)
-        self.e, self.h, self.s = e, [x], []
+        self.e, self.h, self.d = e, [x], []
         for l in range(1, self.layers + 1):
             W_l = W[f"{name}.W{l}"]
-            z = xp.matmul(self.h[-1], W_l, out=self._buffer(f"s{l}", N, W_l.shape[1]))
+            z = xp.matmul(self.h[-1], W_l, out=self._buffer(f"h{l}", N, W_l.shape[1]))
             rows = z.reshape(n, N // n, -1)
             rows += (e @ W[f"{name}.V{l}"] + W[f"{name}.b{l}"])[:, None]
-            scratch = xp.abs(z, out=self._buffer("scratch", *z.shape))
-            scratch += 1
-            z /= scratch                                                # z is now s(z), and s(z) is all that backward needs of it
-            self.s.append(z)
-            self.h.append(z if l == 1 else xp.add(self.h[-1], z, out=self._buffer(f"h{l}", *z.shape)))
+            d = xp.abs(z, out=self._buffer(f"d{l}", *z.shape))
+            d += 1
+            z /= d                                                      # z is now s(z), and soon h_l
+            if l > 1:
+                z += self.h[-1]
+            self.h.append(z)
+            self.d.append(d)
         y = xp.matmul(self.h[-1], W[f"{name}.W"], out=self._buffer("y", N, W[f"{name}.W"].shape[1]))
         y += W[f"{name}.b"]
         return y
@@ -288,7 +291,7 @@ class MLP:
         and the gradient of the columns of x in that slice, transposed, (columns, N).
 
         y = h_L W + b                         dW = h_L' dy      db = sum dy      dh = dy W'
-        h_l = h_{l-1} + s(z_l)                dz_l = dh (1 - |s|)^2              since s'(z) = 1 / (1 + |z|)^2 = (1 - |s|)^2
+        h_l = h_{l-1} + s(z_l)                dz_l = dh / d_l^2                  since s'(z) = 1 / (1 + |z|)^2 and d = 1 + |z|
         z_l = h_{l-1} W_l + e V_l + b_l       dW_l = h_{l-1}' dz_l               dh += dz_l W_l'
                                               dc = dz_l, summed over the rows of an example: dV_l = e' dc, db_l = sum dc, de += dc V_l'
         """
@@ -307,10 +310,9 @@ class MLP:
         dh = xp.matmul(dy, W[f"{name}.W"].T, out=self._buffer("dh", N, width))
         de = xp.zeros_like(self.e)
         for l in range(self.layers, 0, -1):
-            dz = xp.abs(self.s[l - 1], out=self._buffer("dz", N, width))
-            xp.subtract(1, dz, out=dz)
+            dz = self.d[l - 1]
             dz *= dz
-            dz *= dh
+            xp.divide(dh, dz, out=dz)
             dc = kernel.ones(N // n) @ dz.reshape(n, N // n, width)     # the sum over rows as a product: three times as fast
             put(f"W{l}", self.h[l - 1].T, dz)
             put(f"V{l}", self.e.T, dc)
@@ -353,7 +355,7 @@ class Kernel:
             self.shapes |= MLP.shapes("lower", self.D, width, layers, self.pixels * maps, time)
         self.shapes |= MLP.shapes("upper", self.features_per_pixel, upper, upper_layers, diffusion.outputs * self.channels, time)
         # A slice of images goes through the upper network while its activations are in cache; a GPU takes the whole batch
-        self.slice = max(1, 4096 // self.pixels) if self.xp is np else 1 << 30
+        self.slice = max(1, 6400 // self.pixels) if self.xp is np else 1 << 30
         self._buffers = {}
         size = sum(map(math.prod, self.shapes.values()))
         if theta is None:
@@ -408,8 +410,8 @@ class Kernel:
         """(features, n pixels): feature after feature, so that each is written as one run of memory."""
         xp, n = self.xp, len(x)
         u = self.buffer("u", (self.features_per_pixel, n, self.pixels))
-        alpha_bar = self.diffusion.alpha_bar[t]
-        deviation = xp.sqrt(1 - alpha_bar).astype(self.dtype)[:, None]
+        signal, deviation = self.diffusion.signal_and_noise(t)
+        deviation, ratio = deviation.astype(self.dtype), (signal / deviation).astype(self.dtype)
         H, W, margin = *self.shape[:2], self.patch // 2
         padded = self.buffer("padded", (n, H + 2 * margin, W + 2 * margin, self.channels))
         padded[...] = 0
@@ -426,10 +428,12 @@ class Kernel:
                 xp.cos(u[i], out=u[i + 1])
                 xp.sin(u[i], out=u[i])
                 i += 2
+            scaled = value / deviation
             for edge in self.edges:
-                distance = (value - (xp.sqrt(alpha_bar) * edge).astype(self.dtype)[:, None]) / deviation
+                distance = scaled - edge * ratio
+                size = xp.abs(distance)
                 for s in (1, 4):
-                    xp.divide(distance, s + xp.abs(distance), out=u[i])
+                    xp.divide(distance, size + s, out=u[i])
                     i += 1
         if self.maps:
             u[i:] = maps.reshape(n, self.maps, self.pixels).transpose(1, 0, 2)
@@ -504,7 +508,7 @@ class Adam:
     companions are updated in place, in chunks that fit the cache, chunk after chunk by all threads.
     """
 
-    b1, b2, clip, chunk = 0.9, 0.99, 1.0, 1 << 15
+    b1, b2, clip, chunk = 0.9, 0.99, 1.0, 1 << 16
 
     def __init__(self, theta, xp=np, lr=1e-3, steps=1000, warmup=200):
         self.theta, self.xp, self.lr, self.steps, self.warmup = theta, xp, lr, steps, warmup
@@ -517,43 +521,50 @@ class Adam:
 
     def update(self, grads, pool=None):
         """One step along the sum of `grads`, one flat array for each thread; the first of them is overwritten."""
-        xp, g = self.xp, grads[0]
+        xp, g, share = self.xp, grads[0], len(grads)
         self.step += 1
         chunk = self.chunk if xp is np else g.size
         chunks = [slice(i, i + chunk) for i in range(0, g.size, chunk)]
+
+        def add(thread):
+            square = 0
+            for c in chunks[thread::share]:
+                for other in grads[1:]:
+                    g[c] += other[c]
+                square = square + g[c] @ g[c]
+            return square
+
         over = pool.map if pool else map
-
-        def add(c):
-            for other in grads[1:]:
-                g[c] += other[c]
-            return g[c] @ g[c]
-
-        norm = xp.sqrt(sum(over(add, chunks)))
+        norm = xp.sqrt(sum(over(add, range(share))))
         shorten = xp.minimum(self.clip / (norm + 1e-30), 1).astype(g.dtype)
         rate = self.rate() / (1 - self.b1 ** self.step)
-        keep = 1 - max(1e-3, 1 / (10 + self.step / 10))
+        scale = 1 / (1 - self.b2 ** self.step)
+        follow = max(1e-3, 1 / (10 + self.step / 10))
 
-        def update(c):
-            g_c, m, v, theta, average = g[c], self.m[c], self.v[c], self.theta[c], self.average[c]
-            g_c *= shorten
-            work = xp.subtract(g_c, m)
-            work *= 1 - self.b1
-            m += work
-            xp.multiply(g_c, g_c, out=work)
-            work -= v
-            work *= 1 - self.b2
-            v += work
-            xp.multiply(v, 1 / (1 - self.b2 ** self.step), out=work)
-            xp.sqrt(work, out=work)
-            work += 1e-8
-            xp.divide(m, work, out=work)
-            work *= rate
-            theta -= work
-            xp.subtract(theta, average, out=work)
-            work *= 1 - keep
-            average += work
+        def update(thread):
+            work = xp.empty(min(chunk, g.size), g.dtype)
+            for c in chunks[thread::share]:
+                g_c, m, v, theta, average = g[c], self.m[c], self.v[c], self.theta[c], self.average[c]
+                w = work[:len(g_c)]
+                g_c *= shorten
+                xp.subtract(g_c, m, out=w)
+                w *= 1 - self.b1
+                m += w
+                xp.multiply(g_c, g_c, out=w)
+                w -= v
+                w *= 1 - self.b2
+                v += w
+                xp.multiply(v, scale, out=w)
+                xp.sqrt(w, out=w)
+                w += 1e-8
+                xp.divide(m, w, out=w)
+                w *= rate
+                theta -= w
+                xp.subtract(theta, average, out=w)
+                w *= follow
+                average += w
 
-        list(over(update, chunks))
+        list(over(update, range(share)))
         return norm
 
 
