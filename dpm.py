@@ -26,8 +26,11 @@ import os
 for _library in ("OPENBLAS", "MKL", "OMP", "VECLIB_MAXIMUM"):  # our threads run whole slices of a batch, see DPM; BLAS must not
     os.environ.setdefault(_library + "_NUM_THREADS", "1")      # split its products among threads as well
 
+import contextlib
+import copy
 import json
 import math
+import pathlib
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -35,6 +38,7 @@ import numpy as np
 from scipy.special import expit, logit
 
 FORMAT = 1  # of the checkpoint file
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class InputError(ValueError):
@@ -66,6 +70,18 @@ def generator(xp, *key):
 def to_host(a):
     """A NumPy array of the same content, wherever `a` lives."""
     return a.get() if hasattr(a, "get") else np.asarray(a)
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """A temporary path beside `path` to write to, which becomes `path` at the end: no reader, crash or full disk meets half a file."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(".part-" + path.name)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -134,7 +150,7 @@ class Gaussian:
         return signal * x0 + deviation * eps
 
     def posterior(self, x0, xt, t):
-        """q(x_{t-1} | x_t, x_0) = N(mu~, beta~_t I), t >= 2 (eqs. 47-48; below it all is known): mu~ (n, D) and beta~_t (n, 1).
+        """q(x_{t-1} | x_t, x_0) = N(mu~, beta~_t I), t >= 2, what appendix B turns q around with: mu~ (n, D) and beta~_t (n, 1).
 
         beta~_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
         mu~ = [ sqrt(alpha_bar_{t-1}) beta_t x_0 + sqrt(1 - beta_t) (1 - alpha_bar_{t-1}) x_t ] / (1 - alpha_bar_t)
@@ -196,11 +212,11 @@ class Gaussian:
         """The normalised product of N(f_mu, f_sigma) and r, eq. 22, Table App.1: its mean and variance.
 
         r is an Observation, a Gaussian in x with mean y and standard deviation sigma for every coordinate. With the gain
-        g = f_sigma / (f_sigma + sigma^2): mean f_mu + g (y - f_mu), variance (1 - g) f_sigma. sigma = 0 says that a
+        g = f_sigma / (f_sigma + sigma^2): mean (1 - g) f_mu + g y, variance (1 - g) f_sigma. sigma = 0 says that a
         coordinate is known (g = 1, the product is a delta at y), sigma = inf that nothing is (g = 0).
         """
         g = f_sigma / (f_sigma + r.sigma ** 2)
-        return f_mu + g * (r.y - f_mu), (1 - g) * f_sigma
+        return (1 - g) * f_mu + g * r.y, (1 - g) * f_sigma
 
     def H_q(self, t):
         """H_q(X_t | X_0) per dimension, nats: 1/2 ln(2 pi e (1 - alpha_bar_t)). A float, for one t >= 1."""
@@ -233,8 +249,9 @@ class Observation:
 
     def rows(self, s):
         """The same observation of the examples in slice s only."""
-        part = object.__new__(Observation)
-        part.y, part.sigma = (self.y, self.sigma) if self.y.ndim == 1 else (self.y[s], self.sigma[s])
+        part = copy.copy(self)
+        if self.y.ndim == 2:
+            part.y, part.sigma = self.y[s], self.sigma[s]
         return part
 
 
@@ -287,8 +304,8 @@ class MLP:
         return y
 
     def backward(self, dy, add, columns=None):
-        """From dy (N, outputs): the gradients of the weights, written (add=False) or added to what is there; returns de (n, time)
-        and the gradient of the columns of x in that slice, transposed, (columns, N).
+        """From dy (N, outputs), once after each forward: the gradients of the weights, written (add=False) or added to what is
+        there; returns de (n, time) and, if columns (a slice) is given, the gradient of those columns of x, transposed.
 
         y = h_L W + b                         dW = h_L' dy      db = sum dy      dh = dy W'
         h_l = h_{l-1} + s(z_l)                dz_l = dh / d_l^2                  since s'(z) = 1 / (1 + |z|)^2 and d = 1 + |z|
@@ -333,11 +350,11 @@ class Kernel:
         maps = lower(x, e)                                                 `maps` numbers per pixel, from the whole image
         out = upper([features(pixel), maps(pixel)], e)                     the same small MLP at every pixel, 2 outputs per channel
 
-    This is the paper's lower and upper network (appendix D.2.1, figure D.1). The lower one, dense, knows what the image is
+    This is the paper's lower and upper network (appendix D.2, figure D.1). The lower one, dense, knows what the image is
     about; the upper one treats its pixel finely. Vectors need no lower network: maps = 0. The features of a value x are x and
-    its neighbours in a square of `patch` pixels, sin and cos of 2^k pi x for k in `scales`, and for every c in `edges`, values where the density of the data jumps, the
-    softsign of (x - sqrt(alpha_bar_t) c) / s for s = 1 and 4 standard deviations of the noise: at each noise level the distance
-    that matters. The readout starts at zero: the equilibrium kernel, K = L_null.
+    its neighbours in a square of `patch` pixels, sin and cos of 2^k pi x for k in `scales`, and for every c in `edges`, values
+    where the density of the data jumps, the softsign of (x - sqrt(alpha_bar_t) c) / s for s = 1 and 4 standard deviations of
+    the noise: at each noise level the distance that matters. The readout starts at zero: the equilibrium kernel, K = L_null.
 
     Its one array theta holds all weights, W names views of it; grad and dW are the same for their gradient.
     """
@@ -504,8 +521,8 @@ class Adam:
         m += (1 - b1) (g - m)     v += (1 - b2) (g^2 - v)     theta -= rate m^ / (sqrt(v^) + 1e-8)     average += c (theta - average)
 
     g is the gradient, shortened to norm `clip` where it is longer; rate climbs to lr over `warmup` steps, stays, and falls
-    along a half cosine over the second half of `steps`; the average forgets after a tenth of the run, at most 1000 steps. theta and its
-    companions are updated in place, in chunks that fit the cache, chunk after chunk by all threads.
+    along a half cosine over the second half of `steps`; the average reaches back over a tenth of the steps so far, at most
+    1000. theta and its companions are updated in place, in chunks that fit the cache, dealt out to the threads.
     """
 
     b1, b2, clip, chunk = 0.9, 0.99, 1.0, 1 << 16
@@ -588,9 +605,7 @@ class DPM:
     def __init__(self, diffusion, kernel, shift=0.0, scale=1.0, about=None, threads=None):
         self.diffusion, self.kernel, self.xp, self.T = diffusion, kernel, diffusion.xp, diffusion.T
         self.shift, self.scale, self.about = float(shift), float(scale), about or {}
-        self.threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-        if self.xp is not np or isinstance(kernel, IdealKernel):
-            self.threads = 1
+        self.threads = (threads or CORES) if self.xp is np else 1
         self.kernels = [kernel] + [kernel.replica() for _ in range(self.threads - 1)]
         self.pool = ThreadPoolExecutor(self.threads)
 
@@ -671,6 +686,8 @@ class DPM:
             parts[rows] = kl
 
         self._deal(work, n)
+        for idle in self.kernels[n:]:
+            idle.grad[...] = 0
         return t, (self.T - 1) * parts
 
     def sample(self, number, seed=0, r=None, batch=64, keep=(), progress=lambda steps: steps):
@@ -712,31 +729,18 @@ class DPM:
         return (samples, {t: xp.concatenate(xs) for t, xs in kept.items()}) if keep else samples
 
     def save(self, path, adam=None, half=False):
-        """The model, and the state of its training if adam is given, as an .npz without pickles.
-
-        Written under a temporary name and renamed, so that the file at `path` is whole at any moment. half: only the
-        averaged weights, in half precision, to be shipped."""
+        """The model, and the state of its training if adam is given, as an .npz without pickles; half: weights in half precision, to be shipped."""
         config = dict(diffusion=type(self.diffusion).__name__, kernel=self.kernel.config, **self.about)
-        content = dict(format=FORMAT, config=json.dumps(config), alpha_bar=to_host(self.diffusion.alpha_bar),
-                       shift=self.shift, scale=self.scale)
-        if half:
-            content["average"] = to_host(adam.average if adam else self.kernel.theta).astype(np.float16)
-        elif adam:
-            content |= dict(theta=to_host(self.kernel.theta), average=to_host(adam.average), m=to_host(adam.m),
-                            v=to_host(adam.v), step=adam.step)
+        content = dict(format=FORMAT, config=json.dumps(config), alpha_bar=to_host(self.diffusion.alpha_bar), shift=self.shift, scale=self.scale)
+        theta = to_host(self.kernel.theta)
+        if adam:
+            content |= dict(theta=theta, average=to_host(adam.average), m=to_host(adam.m), v=to_host(adam.v), step=adam.step)
         else:
-            content["average"] = to_host(self.kernel.theta)
-        temporary = f"{path}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, **content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.remove(temporary)
-            raise
+            content["average"] = theta.astype(np.float16) if half else theta
+        with written_whole(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **content)
+            file.flush()
+            os.fsync(file.fileno())
 
     @classmethod
     def load(cls, path, xp=np, threads=None):

@@ -14,8 +14,6 @@ import argparse
 import pathlib
 import sys
 
-import matplotlib
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -95,8 +93,7 @@ def draw_points(sets, path):
     for axis, (name, x) in zip(axes[0], sets.items()):
         axis.scatter(x[..., 0].ravel(), x[..., min(1, x.shape[-1] - 1)].ravel(), s=3)
         axis.set(title=name, aspect="equal")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    train.save_figure(figure, path)
 
 
 def main():
@@ -129,7 +126,8 @@ def main():
         rows = rows.reshape(-1, rows.shape[-1])
     out = pathlib.Path(args.out or f"runs/{mode}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(out.with_name(out.name + ".npz"), **arrays)
+    with dpm.written_whole(out.with_name(out.name + ".npz")) as part:
+        np.savez(part, **arrays)
     picture = out.with_name(out.name + ".png")
     if image:
         train.save_grid(train.to_bytes(model, rows), picture, columns=8 if mode == "samples" else len(rows) // number)

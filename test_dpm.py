@@ -625,7 +625,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(place, tmp_path):
                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)))
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error:"), done.stderr
     assert (tmp_path / "run" / "checkpoint.npz").read_bytes() == before
-    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert not list((tmp_path / "run").glob(".part-*"))
 
 
 def test_bad_input_gets_one_line_and_status_2(place, tmp_path):

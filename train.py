@@ -48,7 +48,7 @@ def arguments():
     p.add_argument("--gpu", action=argparse.BooleanOptionalAction, help="compute with CuPy on a GPU, or not (default: if there is one)")
     p.add_argument("--out", metavar="DIR", help="the run's directory (default: runs/<dataset>, with -2, -3, ... where taken)")
     p.add_argument("--resume", metavar="DIR", nargs="?", const="", help="go on with the run in DIR (default: --out, else runs/<dataset>)")
-    p.add_argument("--evaluate", metavar="DIR", help="only evaluate the run in DIR, or a checkpoint file")
+    p.add_argument("--evaluate", metavar="DIR", help="only evaluate the run in DIR, or a checkpoint file (then into runs/<its name>)")
     p.add_argument("--benchmark", action="store_true", help="only measure the speed of training and sampling (default data set here: mnist)")
     g = p.add_argument_group("training (defaults: vectors | images)")
     v, i = DEFAULTS["vector"], DEFAULTS["image"]
@@ -123,7 +123,10 @@ def train(model, adam, dataset, out, seconds=0.0):
                 log.writerow([adam.step, f"{time.perf_counter() - begun:.1f}", f"{climbed / LN2:.5g}",
                               *(f"{-np.sum(kl[quarter == i]) / len(kl) / LN2:.5g}" for i in range(4))])
                 file.flush()
-                bar.set_postfix_str(f"K - L_null {climbed / LN2:.4g} bits" + (f", {climbed / LN2 / D:.3f} per pixel" if D > 2 else ""))
+                shown = f"K - L_null {climbed / LN2:.4g} bits"
+                if dataset.bytes:
+                    shown += f", {math.log2(model.scale) + (model.diffusion.H_pi - climbed / D) / LN2:.3f} bits/dim"
+                bar.set_postfix_str(shown)
                 recent = []
                 if time.perf_counter() - saved_at > SAVE_EVERY:
                     save()
@@ -160,14 +163,15 @@ def evaluate(path, gpu):
         result["bits_per_dim"] = -result["K_bits"] / D + math.log2(model.scale)
         result["bits_per_dim_se"] = result["K_bits_se"] / D
     if dataset.truth:
-        best = bound(dpm.DPM(dpm.Gaussian(dpm.to_host(model.diffusion.alpha_bar)), dpm.IdealKernel(
-            dpm.Gaussian(dpm.to_host(model.diffusion.alpha_bar)), dataset.truth.moments)))
+        q = dpm.Gaussian(dpm.to_host(model.diffusion.alpha_bar))
+        best = bound(dpm.DPM(q, dpm.IdealKernel(q, dataset.truth.moments)))
         truth = dataset.truth.log_density(x0)
         gap = best["K_each"] - found["K_each"]
         result |= dict(K_star_bits=best["K"] / LN2, K_star_minus_K_bits=gap.mean() / LN2,
                        K_star_minus_K_bits_se=gap.std() / math.sqrt(len(gap)) / LN2,
                        L_true_bits=truth.mean() / LN2, L_true_bits_se=truth.std() / math.sqrt(len(truth)) / LN2)
-    out = checkpoint.parent
+    out = checkpoint.parent if checkpoint.name == "checkpoint.npz" else pathlib.Path("runs") / checkpoint.stem
+    out.mkdir(parents=True, exist_ok=True)
     draw_curve(out)
     draw_kl(model, found, best if dataset.truth else None, out / "kl.png")
     if image:
@@ -176,7 +180,8 @@ def evaluate(path, gpu):
     elif D == 2:
         draw_figure_1(model, dataset, out / "figure1.png")
     result["evaluation_seconds"] = round(time.perf_counter() - started, 1)
-    write_whole(out / "result.json", json.dumps(result, indent=1))
+    with dpm.written_whole(out / "result.json") as part:
+        part.write_text(json.dumps(result, indent=1))
     print_table(result, found, image)
     print(f"{out}: result.json, {', '.join(sorted(p.name for p in out.glob('*.png')))}")
 
@@ -265,16 +270,10 @@ def load_for(model):
     return dataset
 
 
-def write_whole(path, text):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def device_name(xp):
     if xp is not np:
         return xp.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    return f"{platform.machine()} CPU, {len(dpm.os.sched_getaffinity(0)) if hasattr(dpm.os, 'sched_getaffinity') else dpm.os.cpu_count()} cores"
+    return f"{platform.machine()} CPU, {dpm.CORES} cores"
 
 
 def to_bytes(model, x):
@@ -294,7 +293,14 @@ def save_grid(pictures, path, columns=8, zoom=3, gap=2):
         y, x = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
         sheet[y:y + H, x:x + W] = picture
     image = Image.fromarray(sheet[..., 0] if C == 1 else sheet[..., :3])
-    image.resize((image.width * zoom, image.height * zoom), Image.NEAREST).save(path)
+    with dpm.written_whole(path) as part:
+        image.resize((image.width * zoom, image.height * zoom), Image.NEAREST).save(part)
+
+
+def save_figure(figure, path):
+    with dpm.written_whole(path) as part:
+        figure.savefig(part, dpi=110)
+    plt.close(figure)
 
 
 def draw_curve(out):
@@ -305,8 +311,7 @@ def draw_curve(out):
     axis.plot(rows["step"], rows["K_minus_L_null_bits"])
     axis.set(xlabel="step", ylabel="K - L_null, bits", title="training batches; at 0 the model is plain noise")
     axis.axhline(0, color="gray", lw=0.8)
-    figure.savefig(out / "training.png", dpi=110)
-    plt.close(figure)
+    save_figure(figure, out / "training.png")
 
 
 def draw_kl(model, found, best, path):
@@ -317,8 +322,7 @@ def draw_kl(model, found, best, path):
         axis.plot(t, best["kl"][2:] / LN2, "--", label="the ideal kernel")
         axis.legend()
     axis.set(xlabel="t", ylabel="KL, bits", title="where the bound is lost: KL[q || p] of every step", yscale="log")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_figure_1(model, dataset, path, number=2000):
@@ -344,8 +348,7 @@ def draw_figure_1(model, dataset, path, number=2000):
     for axis, label in zip(axes[:, 0], ("forward, q(x_t)", "reverse, p(x_t)", "drift, f_mu(x, t) - x")):
         axis.set(ylabel=label, xlim=(-3, 3), ylim=(-3, 3))
         axis.set_aspect("equal")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -383,7 +386,9 @@ def resume(args):
     log = out / "log.csv"
     if log.exists():
         head, *rows = log.read_text().splitlines()
-        write_whole(log, "\n".join([head] + [row for row in rows if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= adam.step]) + "\n")
+        kept = [row for row in rows if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= adam.step]
+        with dpm.written_whole(log) as part:
+            part.write_text("\n".join([head, *kept]) + "\n")
     return model, adam, load_for(model), out
 
 
