@@ -9,8 +9,8 @@ Run backwards, a small enough step is again a Gaussian, so a network that learns
 
     p(x_{t-1} | x_t) = N(f_mu(x_t, t), f_sigma(x_t, t))
 
-is a generative model: draw x_T from pi = N(0, I), then step t = T..1. Its log likelihood has an exact lower bound K whose
-every term is a KL divergence between Gaussians (eq. 14). K is what is trained and what is reported.
+is a generative model: draw x_T from pi = N(0, I), then step t = T..1. Its log likelihood has a lower bound K, a sum of
+entropies and of KL divergences between Gaussians, each in closed form (eq. 14). K is what is trained and what is reported.
 
     room 1   schedules and the diffusion     schedule, Gaussian             what q and p are
     room 2   the reverse kernel              MLP, Kernel, Adam              how f_mu and f_sigma are learned
@@ -32,6 +32,7 @@ import json
 import math
 import pathlib
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -56,15 +57,22 @@ def backend(gpu=None):
     except ImportError:
         problem = "CuPy is not installed: pip install cupy-cuda12x (or -cuda13x, to match the driver)"
     except Exception as error:  # without a usable driver or device CuPy raises several types, none of them its own
-        problem = f"CuPy finds no usable GPU ({str(error).splitlines()[0]})"
+        problem = f"CuPy finds no usable GPU ({first_line(error)})"
     if gpu:
         raise InputError(f"--gpu: {problem}; or leave --gpu away to compute on the CPU")
     return np
 
 
-def generator(xp, *key):
-    """A random generator that depends on the integers `key` alone, so that no state has to be saved to go on from a step."""
+def generator(xp, purpose, *key):
+    """A random generator that depends on the word `purpose` and the integers `key` alone: nothing has to be saved to go on from
+    a step, and draws for different purposes are unrelated, whatever their keys."""
+    key = (zlib.crc32(purpose.encode()), *key)
     return np.random.default_rng(key) if xp is np else xp.random.Generator(xp.random.Philox4x3210(key))
+
+
+def first_line(error):
+    """What an exception says, or its name if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def to_host(a):
@@ -93,7 +101,7 @@ def schedule(kind, T, beta_1):
 
     kind    logsnr   logit(1 - alpha_bar_t) linear in t, from logit(beta_1) to 10
             paper    beta_t = 1 / (T - t + 1) for t >= 2, footnote 2 and section 2.4.1: a fixed fraction of the signal goes at each step
-            linear   beta_t from 1e-4 to 0.02 for t >= 2, times 1000 / T so that any T ends in noise (Ho et al. 2020)
+            linear   beta_t on the line from 1e-4 at t = 1 to 0.02 at T, times 1000 / T so that any T ends in noise (Ho et al. 2020)
     beta_1  the variance of the first step, fixed (section 2.4.1). It limits K: no model gets above -D/2 ln(2 pi e beta_1).
     """
     if T < 2 or not 0 < beta_1 < 1:
@@ -127,7 +135,7 @@ class Gaussian:
             beta_tilde = beta * (1 - before) / noise
             tables = dict(forward=(np.sqrt(alpha_bar), np.sqrt(noise)),
                           posterior=(np.sqrt(before) * beta / noise, np.sqrt(1 - beta) * (1 - before) / noise, beta_tilde),
-                          reverse=(np.sqrt(1 - beta), -beta * np.sqrt(before / noise), np.log(beta), np.log(beta / beta_tilde)))
+                          reverse=(np.sqrt(1 - beta), -beta * np.sqrt(before / noise), np.log(beta), np.log(noise / (1 - before))))
         self.xp, self.T = xp, len(alpha_bar) - 1
         self.alpha_bar, self.beta = xp.asarray(alpha_bar), xp.asarray(beta)
         self._tables = {name: xp.asarray(np.stack(rows)) for name, rows in tables.items()}
@@ -266,7 +274,7 @@ class MLP:
 
     with the softsign s(z) = z / (1 + |z|), a tanh at a fifth of its cost. x is (N, inputs), e is (n, time): an example has
     N / n rows, the pixels of an image, which share its time. It reads its weights from kernel.W and puts their gradients
-    into kernel.dW, under "name.W1", ...; all large arrays are buffers of the kernel, so nothing is allocated in a step.
+    into kernel.dW, under "name.W1", ...; its large arrays are buffers of the kernel, allocated once.
     """
 
     def __init__(self, kernel, name, layers):
@@ -348,10 +356,12 @@ class Kernel:
 
         e = tanh(phases of t Q + q)                                        the time
         maps = lower(x, e)                                                 `maps` numbers per pixel, from the whole image
-        out = upper([features(pixel), maps(pixel)], e)                     the same small MLP at every pixel, 2 outputs per channel
+        sights = middle(patches of x at half its size, e)                  `sights` numbers per 2 x 2 pixels, from 14 x 14 around them
+        out = upper([features, maps, sights], e)                           the same small MLP at every pixel, 2 outputs per channel
 
-    This is the paper's lower and upper network (appendix D.2, figure D.1). The lower one, dense, knows what the image is
-    about; the upper one treats its pixel finely. Vectors need no lower network: maps = 0. The features of a value x are x and
+    This is the paper's lower and upper network (appendix D.2, figure D.1), the lower one with its dense and its coarse
+    convolutional path. The dense one knows what the image is about, the middle one where strokes go on, the upper one treats
+    its pixel finely. Vectors need no lower network: maps = sights = 0. The features of a value x are x and
     its neighbours in a square of `patch` pixels, sin and cos of 2^k pi x for k in `scales`, and for every c in `edges`, values
     where the density of the data jumps, the softsign of (x - sqrt(alpha_bar_t) c) / s for s = 1 and 4 standard deviations of
     the noise: at each noise level the distance that matters. The readout starts at zero: the equilibrium kernel, K = L_null.
@@ -359,31 +369,36 @@ class Kernel:
     Its one array theta holds all weights, W names views of it; grad and dW are the same for their gradient.
     """
 
-    def __init__(self, diffusion, shape, width=512, layers=4, maps=4, upper=64, upper_layers=2, time=64, scales=(1, 3, 5),
-                 edges=(), patch=1, dtype="float32", seed=0, theta=None):
-        self.config = dict(shape=list(shape), width=width, layers=layers, maps=maps, upper=upper, upper_layers=upper_layers,
-                           time=time, scales=list(scales), edges=list(edges), patch=patch, dtype=dtype, seed=seed)
+    view = 7  # the side of the middle network's patches, in pixels of half the size
+
+    def __init__(self, diffusion, shape, width=256, layers=4, maps=8, sights=0, upper=64, upper_layers=2, time=64,
+                 scales=(1, 3, 5), edges=(), patch=1, dtype="float32", seed=0, theta=None):
+        self.config = dict(shape=list(shape), width=width, layers=layers, maps=maps, sights=sights, upper=upper,
+                           upper_layers=upper_layers, time=time, scales=list(scales), edges=list(edges), patch=patch, dtype=dtype, seed=seed)
         self.diffusion, self.xp, self.dtype = diffusion, diffusion.xp, np.dtype(dtype)
         self.shape, self.pixels, self.channels, self.maps = tuple(shape), shape[0] * shape[1], shape[2], maps
         self.D, self.scales, self.edges, self.patch = self.pixels * self.channels, scales, edges, patch
-        self.features_per_pixel = self.channels * (patch ** 2 + 2 * len(scales) + 2 * len(edges)) + maps
+        self.sights = sights
+        self.features_per_pixel = self.channels * (patch ** 2 + 2 * len(scales) + 2 * len(edges)) + maps + sights
         self.shapes = {"time.Q": (64, time), "time.q": (time,)}
         if maps:
             self.shapes |= MLP.shapes("lower", self.D, width, layers, self.pixels * maps, time)
+        if sights:
+            self.shapes |= MLP.shapes("middle", self.channels * self.view ** 2, upper, upper_layers, sights, time)
         self.shapes |= MLP.shapes("upper", self.features_per_pixel, upper, upper_layers, diffusion.outputs * self.channels, time)
         # A slice of images goes through the upper network while its activations are in cache; a GPU takes the whole batch
         self.slice = max(1, 6400 // self.pixels) if self.xp is np else 1 << 30
         self._buffers = {}
         size = sum(map(math.prod, self.shapes.values()))
         if theta is None:
-            rng, theta = np.random.default_rng(seed), np.zeros(size, self.dtype)
+            rng, theta = generator(np, "weights", seed), np.zeros(size, self.dtype)
             for name, w in self._views(theta).items():
                 if w.ndim == 2 and name != "upper.W":
                     w[:] = rng.standard_normal(w.shape) / math.sqrt(len(w))
             theta = self.xp.asarray(theta)
         self.theta, self.grad = theta, self.xp.zeros(size, self.dtype)
         self.W, self.dW = self._views(self.theta), self._views(self.grad)
-        self.lower, self.upper = MLP(self, "lower", layers), MLP(self, "upper", upper_layers)
+        self.lower, self.middle, self.upper = MLP(self, "lower", layers), MLP(self, "middle", upper_layers), MLP(self, "upper", upper_layers)
 
     def replica(self):
         """A kernel with the same weights (the same memory), and gradients and buffers of its own: one for each thread."""
@@ -411,8 +426,8 @@ class Kernel:
         total = 0
         for name, w in self.W.items():
             if w.ndim == 2:
-                rows = n * self.pixels if name.startswith("upper.W") else n
-                passed_on = {"time.Q": 0, "lower.W1": 0, "upper.W1": self.maps / len(w)}.get(name, 1)
+                rows = n * {"upper.W": self.pixels, "middle.W": self.pixels // 4}.get(name[:name.find(".") + 2], 1)
+                passed_on = {"time.Q": 0, "lower.W1": 0, "middle.W1": 0, "upper.W1": (self.maps + self.sights) / len(w)}.get(name, 1)
                 total += rows * w.size * (4 + 2 * passed_on)
         return total
 
@@ -423,23 +438,28 @@ class Kernel:
         phases = xp.concatenate([xp.sin(phase), xp.cos(phase)], 1).astype(self.dtype)
         return phases, xp.tanh(phases @ self.W["time.Q"] + self.W["time.q"])
 
-    def _features(self, x, t, maps):
-        """(features, n pixels): feature after feature, so that each is written as one run of memory."""
-        xp, n = self.xp, len(x)
+    def _patches(self, name, x, size, u):
+        """Fills u (C size^2, n, H W) with the squares of size x size around every pixel of x (n, H, W, C), 0 beyond the border."""
+        n, H, W, C = x.shape
+        margin = size // 2
+        padded = self.buffer(name, (n, H + 2 * margin, W + 2 * margin, C))
+        padded[...] = 0
+        padded[:, margin:margin + H, margin:margin + W] = x
+        for i in range(C * size ** 2):
+            c, dy, dx = i // size ** 2, i // size % size, i % size
+            u[i].reshape(n, H, W)[...] = padded[:, dy:dy + H, dx:dx + W, c]
+
+    def _features(self, x, t, e, maps):
+        """The upper network's input for a slice, (n pixels, features); feature after feature in memory, each written as one run."""
+        xp, n, (H, W, C) = self.xp, len(x), self.shape
         u = self.buffer("u", (self.features_per_pixel, n, self.pixels))
         signal, deviation = self.diffusion.signal_and_noise(t)
         deviation, ratio = deviation.astype(self.dtype), (signal / deviation).astype(self.dtype)
-        H, W, margin = *self.shape[:2], self.patch // 2
-        padded = self.buffer("padded", (n, H + 2 * margin, W + 2 * margin, self.channels))
-        padded[...] = 0
-        padded[:, margin:margin + H, margin:margin + W] = x.reshape(n, *self.shape)
-        i = 0
-        for c in range(self.channels):
-            value = x[:, c::self.channels]
-            for dy in range(self.patch):
-                for dx in range(self.patch):
-                    u[i].reshape(n, H, W)[...] = padded[:, dy:dy + H, dx:dx + W, c]
-                    i += 1
+        image = x.reshape(n, H, W, C)
+        self._patches("padded", image, self.patch, u)
+        i = C * self.patch ** 2
+        for c in range(C):
+            value = x[:, c::C]
             for k in self.scales:
                 xp.multiply(value, 2.0 ** k * math.pi, out=u[i])
                 xp.cos(u[i], out=u[i + 1])
@@ -453,7 +473,13 @@ class Kernel:
                     xp.divide(distance, size + s, out=u[i])
                     i += 1
         if self.maps:
-            u[i:] = maps.reshape(n, self.maps, self.pixels).transpose(1, 0, 2)
+            u[i:i + self.maps] = maps.reshape(n, self.maps, self.pixels).transpose(1, 0, 2)
+        if self.sights:
+            half = image.reshape(n, H // 2, 2, W // 2, 2, C).sum((2, 4)) / 2
+            v = self.buffer("v", (C * self.view ** 2, n, self.pixels // 4))
+            self._patches("padded half", half, self.view, v)
+            y = self.middle.forward(v.reshape(len(v), -1).T, e).T.reshape(self.sights, n, H // 2, 1, W // 2, 1)
+            u[i + self.maps:].reshape(self.sights, n, H // 2, 2, W // 2, 2)[...] = y
         return u.reshape(self.features_per_pixel, -1).T
 
     def forward(self, x, t):
@@ -463,7 +489,7 @@ class Kernel:
         maps = self.lower.forward(x, e) if self.maps else x
         for i in range(0, len(x), self.slice):
             s = slice(i, min(i + self.slice, len(x)))
-            out[s] = self.upper.forward(self._features(x[s], t[s], maps[s]), e[s]).reshape(out[s].shape)
+            out[s] = self.upper.forward(self._features(x[s], t[s], e[s], maps[s]), e[s]).reshape(out[s].shape)
         return out
 
     def gradient(self, x, t, loss):
@@ -471,22 +497,27 @@ class Kernel:
 
         Slice by slice through the upper network, so loss and backward meet its activations while they are in cache; the
         lower network, whose cost is in reading its weights, goes over all examples at once.
-        out = upper([features, maps], e)      de, dmaps
-        maps = lower(x, e)                    de
-        e = tanh(phases Q + q)                dz = de (1 - e^2), dQ = phases' dz, dq = sum dz
+        out = upper([features, maps, sights], e)      de, dmaps, dsights, which go back through lower and middle; in the end
+        e = tanh(phases Q + q)                        dz = de (1 - e^2), dQ = phases' dz, dq = sum dz
         """
         xp, n = self.xp, len(x)
         phases, e = self._time(t)
         de = xp.empty_like(e)
         maps = self.lower.forward(x, e) if self.maps else x
-        columns = slice(self.features_per_pixel - self.maps, None) if self.maps else None
+        H, W, C = self.shape
+        inputs = self.maps + self.sights
+        columns = slice(self.features_per_pixel - inputs, None) if inputs else None
         for i in range(0, n, self.slice):
             s = slice(i, min(i + self.slice, n))
-            out = self.upper.forward(self._features(x[s], t[s], maps[s]), e[s])
+            out = self.upper.forward(self._features(x[s], t[s], e[s], maps[s]), e[s])
             dout = loss(s, out.reshape(-1, self.D, self.diffusion.outputs)).reshape(out.shape)
             de[s], du = self.upper.backward(dout, add=i > 0, columns=columns)
             if self.maps:  # what was maps is now dmaps
-                maps[s] = du.reshape(self.maps, -1, self.pixels).transpose(1, 0, 2).reshape(-1, self.maps * self.pixels)
+                dmaps = du[:self.maps].reshape(self.maps, -1, self.pixels)
+                maps[s] = dmaps.transpose(1, 0, 2).reshape(-1, self.maps * self.pixels)
+            if self.sights:  # each was shown to 2 x 2 pixels
+                dsights = du[self.maps:].reshape(self.sights, -1, H // 2, 2, W // 2, 2).sum((3, 5))
+                de[s] += self.middle.backward(dsights.reshape(self.sights, -1).T, add=i > 0)[0]
         if self.maps:
             de += self.lower.backward(maps, add=False)[0]
         dz = de * (1 - e * e)
@@ -641,7 +672,8 @@ class DPM:
         """
         xp, q, (n, D), T = self.xp, self.diffusion, x0.shape, self.T
         steps = min(steps or T - 1, T - 1)
-        t = stratified(n * steps, T, rng.random()).reshape(steps, n)   # steps = T - 1: row j is t = 2 + j for every example
+        t = stratified(n * steps, T, rng.random()).reshape(steps, n)   # steps = T - 1: row j is t = 2 + j for every example,
+        t = rng.permuted(t, axis=1)                                    # else no example may be tied to one part of each row
         kl, each = np.zeros(T + 1), np.zeros(n)
         for i in progress(range(0, n, batch)):
             x = xp.asarray(x0[i:i + batch])
@@ -669,12 +701,12 @@ class DPM:
         nats, whose mean estimates the sum of the KLs. `key`: the integers that seed its draws, such as seed and step.
         """
         xp, q, (n, D) = self.xp, self.diffusion, x0.shape
-        t = xp.asarray(stratified(n, self.T, np.random.default_rng(key).random()))
+        t = xp.asarray(stratified(n, self.T, generator(np, "times", *key).random()))
         parts = xp.empty(n)
 
         def work(kernel, rows, thread):
             x, t_x = x0[rows], t[rows]
-            xt = q.diffuse(x, t_x, q.noise(x.shape, generator(xp, *key, 1 + thread), kernel.dtype))
+            xt = q.diffuse(x, t_x, q.noise(x.shape, generator(xp, "noise", *key, thread), kernel.dtype))
             kl = xp.empty(len(x))
 
             def loss(s, out):
@@ -691,12 +723,13 @@ class DPM:
         return t, (self.T - 1) * parts
 
     def sample(self, number, seed=0, r=None, batch=64, keep=(), progress=lambda steps: steps):
-        """Samples (number, D) from p(x_0), or from p(x_0) r(x_0) for an Observation r of (number, D) or (D,) (eqs. 4, 5 and 22).
+        """Samples (number, D) from p(x_0), or, for an Observation r of (number, D) or (D,), from p(x_0) r(x_0) (eqs. 4, 5 and 22).
 
-        x_T ~ pi, then x_{t-1} ~ p(x_{t-1} | x_t) for t = T..2 and the fixed first step (eq. 44); r, constant along the trajectory
-        (eq. 23), multiplies every one of these distributions. These are true draws, not means. Sample k has a random
-        generator of its own, seeded by (seed, k), on every device: it does not depend on how many are drawn with it.
-        keep: times whose x_t are wanted too; then the result is (samples, {t: x_t}).
+        x_T ~ pi, then x_{t-1} ~ p(x_{t-1} | x_t) for t = T..2 and the fixed first step (eq. 44): true draws, not means. r, constant
+        along the trajectory (eq. 23), multiplies every one of these distributions; like the paper, this drops what each product
+        integrates to, so that posterior samples are approximate. Sample k has its own noise, from (seed, k), on every device and
+        in every batch: it is the same to within rounding. keep: times whose x_t are wanted too; then the result is
+        (samples, {t: x_t}).
         """
         xp, q, D = self.xp, self.diffusion, self.kernel.D
         if r is not None and (r.y.shape[-1] != D or r.y.ndim > 2 or r.y.ndim == 2 and len(r.y) != number):
@@ -704,7 +737,7 @@ class DPM:
         parts, kept = [], {t: [] for t in keep}
         steps = iter(progress(range(self.T * -(-number // batch))))
         for start in range(0, number, batch):
-            rngs = [np.random.default_rng((seed, k)) for k in range(start, min(start + batch, number))]
+            rngs = [generator(np, "sample", seed, k) for k in range(start, min(start + batch, number))]
             r_part = r and r.rows(slice(start, start + batch))
 
             def draw(f_mu, f_sigma):
@@ -730,7 +763,7 @@ class DPM:
 
     def save(self, path, adam=None, half=False):
         """The model, and the state of its training if adam is given, as an .npz without pickles; half: weights in half precision, to be shipped."""
-        config = dict(diffusion=type(self.diffusion).__name__, kernel=self.kernel.config, **self.about)
+        config = dict(diffusion=type(self.diffusion).__name__, kernel=self.kernel.config, threads=self.threads, **self.about)
         content = dict(format=FORMAT, config=json.dumps(config), alpha_bar=to_host(self.diffusion.alpha_bar), shift=self.shift, scale=self.scale)
         theta = to_host(self.kernel.theta)
         if adam:
@@ -748,9 +781,9 @@ class DPM:
         return cls._read(path, xp, threads, "average")[0]
 
     @classmethod
-    def resume(cls, path, xp=np, threads=None, **options):
+    def resume(cls, path, xp=np, **options):
         """The model in a checkpoint as its training left it, and the Adam to go on with; options are Adam's lr, steps, ..."""
-        model, content = cls._read(path, xp, threads, "theta")
+        model, content = cls._read(path, xp, None, "theta")
         adam = Adam(model.kernel.theta, xp, **options)
         for name in ("average", "m", "v"):
             setattr(adam, name, xp.asarray(content[name]))
@@ -762,16 +795,20 @@ class DPM:
         try:
             with np.load(path, allow_pickle=False) as file:
                 content = {name: file[name] for name in file.files}
+            if int(content["format"]) != FORMAT:
+                raise InputError(f"{path}: a checkpoint of format {content['format']}, this program reads {FORMAT}; train it anew")
+            if weights not in content:
+                raise InputError(f"{path}: holds a finished model without the state of its training; it cannot be resumed")
+            config = json.loads(str(content["config"]))
+            trained_threads, kernel_config = config.pop("threads"), config.pop("kernel")
+            diffusion = {"Gaussian": Gaussian}[config.pop("diffusion")](content["alpha_bar"], xp)
+            kernel = Kernel(diffusion, **kernel_config, theta=xp.asarray(content[weights].astype(kernel_config["dtype"])))
         except FileNotFoundError:
             raise InputError(f"{path}: no such checkpoint") from None
-        except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path}: not a checkpoint, or a damaged one ({str(error).splitlines()[0] or type(error).__name__})") from None
-        if "format" not in content or int(content["format"]) != FORMAT:
-            raise InputError(f"{path}: a checkpoint of format {content.get('format', 'unknown')}, this program reads {FORMAT}; train it anew")
-        if weights not in content:
-            raise InputError(f"{path}: holds a finished model without the state of its training; it cannot be resumed")
-        config = json.loads(str(content["config"]))
-        diffusion = {"Gaussian": Gaussian}[config.pop("diffusion")](content["alpha_bar"], xp)
-        kernel_config = config.pop("kernel")
-        kernel = Kernel(diffusion, **kernel_config, theta=xp.asarray(content[weights].astype(kernel_config["dtype"])))
+        except InputError:
+            raise
+        except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            raise InputError(f"{path}: not a checkpoint, or a damaged one ({first_line(error)})") from None
+        if weights == "theta":  # its steps depend on the number of threads
+            threads = trained_threads
         return cls(diffusion, kernel, content["shift"], content["scale"], config, threads), content

@@ -12,9 +12,7 @@ import dpm  # first: it keeps BLAS to one thread, before numpy starts it
 
 import argparse
 import pathlib
-import sys
 
-import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
@@ -78,22 +76,13 @@ def posterior(model, args, number):
         raise dpm.InputError(f"--number {number}: {dataset.name} has only {len(truth)} test examples")
     if args.inpaint:
         unknown = missing(args.inpaint, dataset.shape)
-        given, sigma = np.where(unknown, 0, truth), np.where(unknown, np.inf, 0)
+        given, sigma = np.where(unknown, np.nan, truth), np.where(unknown, np.inf, 0)
     else:
         unknown, sigma = None, args.denoise
-        given = truth + sigma * np.random.default_rng((args.seed, 1)).standard_normal(truth.shape)
+        given = truth + sigma * dpm.generator(np, "observation", args.seed).standard_normal(truth.shape)
     r = dpm.Observation(np.repeat(given, DRAWS, 0), sigma, model.xp)
     samples = dpm.to_host(model.sample(number * DRAWS, args.seed, r, progress=lambda s: tqdm(s, desc="reverse steps")))
     return truth, given, unknown, samples.reshape(number, DRAWS, -1)
-
-
-def draw_points(sets, path):
-    """Two coordinates of vectors, one panel for each named set."""
-    figure, axes = plt.subplots(1, len(sets), figsize=(4 * len(sets), 4), layout="constrained", sharex=True, sharey=True, squeeze=False)
-    for axis, (name, x) in zip(axes[0], sets.items()):
-        axis.scatter(x[..., 0].ravel(), x[..., min(1, x.shape[-1] - 1)].ravel(), s=3)
-        axis.set(title=name, aspect="equal")
-    train.save_figure(figure, path)
 
 
 def main():
@@ -130,11 +119,14 @@ def main():
         np.savez(part, **arrays)
     picture = out.with_name(out.name + ".png")
     if image:
-        train.save_grid(train.to_bytes(model, rows), picture, columns=8 if mode == "samples" else len(rows) // number)
+        pictures = train.to_bytes(model, np.nan_to_num(rows))
+        if mode == "inpaint":
+            pictures.reshape(number, -1, rows.shape[-1])[:, 1, unknown] = 128
+        train.save_grid(pictures, picture, columns=8 if mode == "samples" else len(rows) // number)
         layout = {"samples": "", "inpaint": f": truth, what is given (gray: missing), {DRAWS} posterior samples",
                   "denoise": f": truth, what is given, {DRAWS} posterior samples, their mean"}[mode]
     else:
-        draw_points(sets, picture)
+        train.draw_points(sets, picture)
         layout = ""
     print(f"{picture}{layout}; {out.with_name(out.name + '.npz')}")
 

@@ -7,7 +7,6 @@ import dpm  # first: it keeps BLAS to one thread, before numpy starts it
 import gzip
 import json
 import math
-import os
 import pathlib
 import resource
 import shutil
@@ -51,6 +50,9 @@ class Signs:
 
     def random(self):
         return 0.5
+
+    def permuted(self, t, axis):
+        return t
 
     def standard_normal(self, shape, dtype=float):
         assert shape == self.signs.shape
@@ -147,6 +149,13 @@ def test_entropies():
     assert np.trapezoid(np.exp(q.log_pi(x[:, None])), x) == pytest.approx(1)
 
 
+def test_the_first_step():
+    """Eq. 44: T_pi(x_0 | x_1; beta_1), the forward kernel run backwards."""
+    f_mu, f_sigma = dpm.Gaussian(dpm.schedule("logsnr", 5, 0.3)).first(np.array([2.0, -1.0]))
+    np.testing.assert_allclose(f_mu, [2 * math.sqrt(0.7), -math.sqrt(0.7)])
+    assert f_sigma == pytest.approx(0.3)
+
+
 def test_multiply_is_the_product_of_densities():
     q = dpm.Gaussian(dpm.schedule("logsnr", 9, 1e-2))
     x = np.linspace(-15, 15, 300001)
@@ -181,7 +190,6 @@ def test_mlp_backward(rows):
     """Every weight, the time and the input of an MLP, along random directions, from a random cotangent."""
     kernel = small_model((5, 1, 2), maps=3).kernel
     mlp, r = kernel.upper, rng(11)
-    mlp.layers = 2
     x, e = r.standard_normal((4 * rows, kernel.features_per_pixel)), r.standard_normal((4, 64))
     dy = r.standard_normal((4 * rows, 4))
     loss = lambda: float((mlp.forward(x, e) * dy).sum())
@@ -196,7 +204,7 @@ def test_mlp_backward(rows):
         assert (da * d).sum() == pytest.approx(quotient(loss, a, d), rel=1e-6)
 
 
-@pytest.mark.parametrize("shape, options", [((1, 1, 3), dict(upper_layers=3)), ((4, 5, 2), {}), ((6, 6, 1), dict(maps=3, patch=1))])
+@pytest.mark.parametrize("shape, options", [((1, 1, 3), dict(upper_layers=3)), ((4, 5, 2), {}), ((6, 4, 2), dict(maps=3, sights=2, patch=1)), ((4, 4, 1), dict(maps=0, sights=3))])
 def test_gradient_of_K_in_every_weight(shape, options):
     model = small_model(shape, stir=0.2, **options)
     model.kernel.slice = model.kernels[1].slice = 3  # several slices, the last one short
@@ -206,18 +214,51 @@ def test_gradient_of_K_in_every_weight(shape, options):
     grad = sum(k.grad for k in model.kernels)
     for name, dW in model.kernel._views(grad).items():
         d = rng(6).standard_normal(dW.shape)
-        assert (dW * d).sum() == pytest.approx(quotient(loss, model.kernel.W[name], d, 1e-5), rel=1e-6), name
+        d = d / np.linalg.norm(d) + dW / np.linalg.norm(dW)  # not a direction that is all but level
+        assert (dW * d).sum() == pytest.approx(quotient(loss, model.kernel.W[name], d), rel=1e-6), name
+
+
+def test_features_are_what_the_docstring_says():
+    """Row by row, with colours: the patch around a pixel, sines and cosines, distances from the edges in units of the noise."""
+    model = small_model((5, 4, 2), scales=(0, 2))
+    kernel, x, t, maps = model.kernel, rng(8).standard_normal((3, 40)), np.array([2, 5, 11]), rng(9).standard_normal((3, 40))
+    u = kernel._features(x, t, None, maps).reshape(3, 5, 4, -1)
+    image, alpha_bar = x.reshape(3, 5, 4, 2), model.diffusion.alpha_bar[t][:, None, None]
+    around = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    expected = [around[:, dy:dy + 5, dx:dx + 4, c] for c in range(2) for dy in range(3) for dx in range(3)]
+    for c in range(2):
+        for k in (0, 2):
+            expected += [np.sin(2 ** k * np.pi * image[..., c]), np.cos(2 ** k * np.pi * image[..., c])]
+        for edge in (-1.0, 0.3):
+            z = (image[..., c] - np.sqrt(alpha_bar) * edge) / np.sqrt(1 - alpha_bar)
+            expected += [z / s / (1 + np.abs(z / s)) for s in (1, 4)]
+    expected += [maps.reshape(3, 2, 5, 4)[:, m] for m in range(2)]
+    np.testing.assert_allclose(u, np.stack(expected, 3), rtol=1e-9)
 
 
 def test_kernel_sees_time_place_and_neighbours():
-    """What the features promise: a pixel's own value, its square of neighbours and nothing else without a lower network."""
-    model = small_model((7, 7, 1), maps=0, dtype="float64")
-    x = rng(8).standard_normal((1, 49))
+    """Without a lower network a value of x moves the outputs of its square of neighbours, its own channel's and the other's, no more."""
+    model = small_model((7, 7, 2), maps=0)
+    x = rng(8).standard_normal((1, 98))
     out = model.forward(x, 5)
-    x[0, 24] += 1  # the pixel in the middle
-    changed = (model.forward(x, 5) != out).any(2).reshape(7, 7)
-    assert changed[2:5, 2:5].all() and changed.sum() == 9
+    x[0, 2 * 24] += 1  # the first channel of the pixel in the middle
+    changed = (model.forward(x, 5) != out).all(2).reshape(7, 7, 2)
+    assert changed[2:5, 2:5].all() and changed.sum() == 18
     assert (model.forward(x, 6) != model.forward(x, 5)).all()
+
+
+def test_middle_network_sees_14_by_14_pixels_where_they_are():
+    """A value moves the 7 x 7 squares of 2 x 2 pixels around its own; what is moved in the image is moved in the output."""
+    model = small_model((40, 40, 1), maps=0, sights=3)
+    x = np.zeros((1, 40, 40))
+    out = model.forward(x.reshape(1, -1), 5)
+    x[0, 20, 13] = 1
+    changed = (model.forward(x.reshape(1, -1), 5) != out).any(2).reshape(40, 40)
+    assert changed[14:28, 6:20].all() and changed.sum() == 14 * 14
+    x[0, 16:24, 16:24] = rng(8).standard_normal((8, 8))
+    out = model.forward(x.reshape(1, -1), 5).reshape(40, 40, 2)
+    moved = model.forward(np.roll(x, (2, -4), (1, 2)).reshape(1, -1), 5).reshape(40, 40, 2)
+    np.testing.assert_allclose(moved, np.roll(out, (2, -4), (0, 1)), rtol=1e-9)
 
 
 def test_adam_on_a_constant_gradient():
@@ -243,6 +284,23 @@ def test_adam_on_a_constant_gradient():
 # ---------------------------------------------------------------------------------------------------------------------------
 # Room 3: the bound
 # ---------------------------------------------------------------------------------------------------------------------------
+
+def test_adam_is_adam():
+    """Against the published update, over several chunks, dealt out to two threads, with a gradient that changes."""
+    size, r = 150_000, rng(31)
+    theta = r.standard_normal(size)
+    adam, m, v, expected = dpm.Adam(theta, lr=0.01, steps=10 ** 9, warmup=1), 0, 0, theta.copy()
+    with ThreadPoolExecutor(2) as pool:
+        for step in range(1, 4):
+            parts = r.standard_normal((2, size)) * step
+            g = parts.sum(0)
+            norm = adam.update(list(parts), pool)
+            assert norm == pytest.approx(np.linalg.norm(g))
+            g /= np.linalg.norm(g)
+            m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g ** 2
+            expected -= 0.01 * (m / (1 - 0.9 ** step)) / (np.sqrt(v / (1 - 0.99 ** step)) + 1e-8)
+    np.testing.assert_allclose(theta, expected, rtol=1e-9)
+
 
 @pytest.mark.parametrize("variance, K_star", [(1.0, -1.41893853), (0.3, -0.81969703), (4.0, -2.10499687)])
 def test_K_star_of_gaussian_data(variance, K_star):
@@ -298,14 +356,26 @@ def test_stratified_is_even_and_never_leaves_2_to_T():
 
 
 def test_stratified_estimate_agrees_with_the_sum_over_all_t():
+    """gradient() and bound(steps=...) estimate the same sum; closely enough to tell T - 1 terms from T."""
     model = small_model(T=12)
-    x0 = rng(15).standard_normal((64, 3))
-    exact = model.bound(x0, rng(16))
-    estimates = [model.gradient(x0, 17, i)[1].mean() for i in range(200)]
-    error = np.std(estimates) / math.sqrt(200) + exact["K_se"] / 5
-    assert abs(np.mean(estimates) - exact["kl"].sum()) < 4 * error
-    few = [model.bound(x0, rng(18, i), steps=2)["K"] for i in range(100)]
-    assert abs(np.mean(few) - exact["K"]) < 4 * (np.std(few) / 10 + exact["K_se"] / 5)
+    x0 = np.repeat(rng(15).standard_normal((1, 3)), 4000, 0)
+    exact = [model.bound(x0, rng(16, i))["kl"].sum() for i in range(4)]
+    estimates = [model.gradient(x0, 17, i)[1].mean() for i in range(16)]
+    few = [model.bound(x0, rng(18, i), steps=2)["kl"].sum() for i in range(16)]
+    se = lambda values: np.std(values, ddof=1) / math.sqrt(len(values))
+    for estimate in (estimates, few):
+        tolerance = 4 * math.hypot(se(estimate), se(exact))
+        assert abs(np.mean(estimate) - np.mean(exact)) < tolerance < np.mean(exact) / 11 / 3
+
+
+def test_bound_does_not_depend_on_the_order_of_the_examples():
+    """No example may be tied to one part of the t: with small x0 first and large x0 last, either way round, K is the same."""
+    model = small_model(T=40, stir=0.1)
+    x0 = rng(32).standard_normal((2000, 3)) * np.linspace(0.1, 3, 2000)[:, None]
+    up, down = (np.array([model.bound(x, rng(33, i), steps=2)["K"] for i in range(12)]) for x in (x0, x0[::-1]))
+    assert abs(up.mean() - down.mean()) < 4 * math.hypot(up.std(), down.std()) / math.sqrt(12)
+    each = model.bound(x0, rng(34))
+    assert up.mean() == pytest.approx(each["K"], abs=4 * (up.std() / math.sqrt(12) + each["K_se"] / 4))
 
 
 def test_swissroll_K_star_and_truth():
@@ -372,6 +442,8 @@ def test_sample_k_is_the_same_in_any_batch():
     x = model.sample(7, seed=3)
     np.testing.assert_allclose(model.sample(3, seed=3), x[:3], rtol=1e-9)
     np.testing.assert_allclose(model.sample(7, seed=3, batch=2), x, rtol=1e-9)
+    single = small_model(stir=0.05, dtype="float32")
+    np.testing.assert_allclose(single.sample(7, seed=3, batch=2), single.sample(7, seed=3), rtol=1e-3)
     assert np.abs(model.sample(7, seed=4) - x).min() > 1e-6
     assert len(np.unique(x[:, 0].round(6))) == 7
 
@@ -387,10 +459,32 @@ def test_posterior_samples():
     assert clamped[:, 1].std() > 0.8
     near = model.sample(500, seed=5, r=dpm.Observation(y, [1e-7, np.inf]), batch=500)
     np.testing.assert_allclose(near, clamped, atol=1e-5)
-    pulled = model.sample(500, seed=5, r=dpm.Observation(y, [3.0, np.inf]), batch=500)
-    assert 0.2 < pulled[:, 0].mean() < 1.5 and pulled[:, 0].std() < plain[:, 0].std()
     one = model.sample(4, seed=5, r=dpm.Observation(np.repeat(y[None], 4, 0), np.array([0, np.inf])), batch=3)
     np.testing.assert_allclose(one, clamped[:4], rtol=1e-9)  # an observation for each sample, in several batches
+
+
+def test_denoising_follows_its_recursion():
+    """With linear kernels and a Gaussian r at every step, the mean and the variance of x_t follow from those of x_{t+1}."""
+    model, y, s = gaussian_model(), 1.5, 2.0
+    q = model.diffusion
+
+    def product(mean, variance):  # of N(mean, variance) and N(y, s^2): precisions add
+        total = 1 / (1 / variance + 1 / s ** 2)
+        return total * (mean / variance + y / s ** 2), total
+
+    mean, variance = product(0.0, 1.0)
+    for t in range(50, 0, -1):
+        one, at = np.ones((1, 1)), np.array([t])
+        if t > 1:
+            f_mu, log_f_sigma = (float(a[0, 0]) for a in q.reverse(one, at, model.kernel.forward(one, at)))
+            f_sigma = math.exp(log_f_sigma)
+        else:
+            f_mu, f_sigma = math.sqrt(1 - q.beta[1]), float(q.beta[1])
+        pulled, total = product(f_mu * mean, f_sigma)
+        mean, variance = pulled, total + (f_mu * total / f_sigma) ** 2 * variance
+    x = model.sample(20_000, seed=6, r=dpm.Observation(np.array([y]), s), batch=20_000)
+    assert x.mean() == pytest.approx(mean, abs=5 * math.sqrt(variance / 20_000))
+    assert x.var() == pytest.approx(variance, rel=5 * math.sqrt(2 / 20_000))
 
 
 @pytest.mark.parametrize("y, sigma, says", [
@@ -422,7 +516,7 @@ def test_training_is_deterministic_and_resumes_bit_for_bit(tmp_path, shape):
     again, adam_again = fresh()
     steps(again, adam_again, 0, 5, again.kernel.D)
     again.save(tmp_path / "c.npz", adam_again)
-    resumed, adam_resumed = dpm.DPM.resume(tmp_path / "c.npz", threads=2, steps=12, warmup=3)
+    resumed, adam_resumed = dpm.DPM.resume(tmp_path / "c.npz", steps=12, warmup=3)
     steps(resumed, adam_resumed, 5, 12, resumed.kernel.D)
     assert (resumed.kernel.theta == model.kernel.theta).all() and (adam_resumed.average == adam.average).all()
     assert not (again.kernel.theta == model.kernel.theta).all()
@@ -448,10 +542,12 @@ def test_bad_checkpoints(tmp_path):
     (tmp_path / "short.npz").write_bytes(raw[:len(raw) // 2])
     (tmp_path / "empty.npz").write_bytes(b"")
     (tmp_path / "flipped.npz").write_bytes(raw[:1500] + bytes([raw[1500] ^ 255]) + raw[1501:])
+    np.savez(tmp_path / "garbled.npz", **(content | {"config": "{"}))
+    np.savez(tmp_path / "fewer.npz", **(content | {"average": content["average"][:-1]}))
     np.savez(tmp_path / "newer.npz", **(content | {"format": dpm.FORMAT + 1}))
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     for name, says in [("none", "no such checkpoint"), ("short", "damaged"), ("empty", "damaged"), ("flipped", "damaged"),
-                       ("newer", "format"), ("other", "format")]:
+                       ("garbled", "damaged"), ("fewer", "damaged"), ("newer", "format"), ("other", "not a checkpoint")]:
         with pytest.raises(dpm.InputError, match=says):
             dpm.DPM.load(tmp_path / f"{name}.npz")
     with pytest.raises(dpm.InputError, match="cannot be resumed"):
@@ -521,12 +617,16 @@ def script(*arguments, cwd, **options):
                           capture_output=True, timeout=300, **options)
 
 
+def small_digits():
+    """The middle of 400 digits, every other pixel: images of 8 x 8."""
+    return data.load("mnist").train[:400].reshape(-1, 28, 28)[:, 6:22:2, 6:22:2]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with small data in it and two trained runs, one of vectors and one of images."""
     place = tmp_path_factory.mktemp("place")
-    digits = data.load("mnist").train[:400].reshape(-1, 28, 28)[:, 6:22:2, 6:22:2]
-    np.save(place / "digits.npy", digits)
+    np.save(place / "digits.npy", small_digits())
     for arguments in (("--steps", 300), ("--dataset", "digits.npy", "--steps", 30, "--timesteps", 20, "--batch-size", 16)):
         done = script("train.py", *arguments, cwd=place)
         assert done.returncode == 0, done.stderr
@@ -572,8 +672,10 @@ def test_sample_script(place):
         kept = np.abs(arrays["samples"] - arrays["truth"][:, None])
         assert kept[..., ~unknown].max() == 0 and np.median(kept[..., unknown]) > 0.1
         assert arrays["samples"][..., unknown].std(1).min() > 0
-    arrays = np.load(place / "runs" / "denoise.npz")
-    assert 0.3 < (arrays["given"] - arrays["truth"]).std() / np.load(place / "runs" / "digits" / "checkpoint.npz")["scale"] < 0.7
+    arrays, scale = np.load(place / "runs" / "denoise.npz"), float(np.load(place / "runs" / "digits" / "checkpoint.npz")["scale"])
+    assert (arrays["given"] - arrays["truth"]).std() / scale == pytest.approx(0.5, rel=0.2)
+    near = np.abs(arrays["samples"] - arrays["given"][:, None]).mean()
+    assert near < 0.8 * np.abs(np.load(place / "runs" / "samples.npz")["samples"] - arrays["given"]).mean()  # pulled to what was given
     for name in ("runs/samples.png", "runs/inpaint.png", "masked.png", "runs/denoise.png", "roll.png"):
         with Image.open(place / name) as picture:
             assert np.asarray(picture).std() > 1
@@ -584,41 +686,47 @@ def arrays_of(run):
         return {name: file[name] for name in ("theta", "average", "m", "v", "step")}
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_stopped_in_the_middle_and_resumed_bit_for_bit(tmp_path, how):
+@pytest.mark.parametrize("dataset, how", [("swissroll", signal.SIGKILL), ("digits.npy", signal.SIGKILL), ("digits.npy", signal.SIGINT)])
+def test_stopped_in_the_middle_and_resumed_bit_for_bit(tmp_path, dataset, how):
     """Killed or interrupted after its first checkpoint, then resumed: the same bits as a run that was never stopped."""
-    flags = ["--steps", "1500", "--batch-size", "64", "--seed", "5"]
-    straight = subprocess.Popen([sys.executable, HERE / "train.py", *flags, "--out", "straight"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    process = subprocess.Popen([sys.executable, HERE / "train.py", *flags, "--out", "run"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    np.save(tmp_path / "digits.npy", small_digits())
+    flags = ["--dataset", dataset, "--steps", "800", "--timesteps", "20", "--batch-size", "64", "--seed", "5"]
+
+    def begin(out):
+        return subprocess.Popen([sys.executable, HERE / "train.py", *flags, "--out", out], cwd=tmp_path, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    straight, process = begin("straight"), begin("run")
     log = tmp_path / "run" / "log.csv"
     while not (log.exists() and log.read_text().count("\n") > 4):
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(how)
     output, _ = process.communicate()
     stopped_at = int(arrays_of(tmp_path / "run")["step"])
-    assert 0 < stopped_at < 1500
+    assert 0 < stopped_at < 800
     if how == signal.SIGINT:
         assert process.returncode == 130 and "--resume" in output
     done = script("train.py", "--resume", "run", cwd=tmp_path)
-    assert done.returncode == 0 and f"steps {stopped_at}..1500" in done.stdout, done.stderr
-    assert straight.wait(timeout=120) == 0
+    assert done.returncode == 0 and f"steps {stopped_at}..800" in done.stdout, done.stderr
+    straight.communicate()
+    assert straight.returncode == 0
     resumed, never_stopped = arrays_of(tmp_path / "run"), arrays_of(tmp_path / "straight")
     for name in resumed:
         assert (resumed[name] == never_stopped[name]).all(), name
     numbers = [row.split(",")[0] for row in log.read_text().splitlines()[1:]]
-    assert len(numbers) == len(set(numbers)) and numbers[-1] == "1500"  # every step logged once
+    assert len(numbers) == len(set(numbers)) and numbers[-1] == "800"  # every step logged once
 
 
 def test_a_loss_that_turns_nan_stops_and_keeps_the_last_checkpoint(tmp_path):
     done = script("train.py", "--lr", "1e30", "--steps", 400, cwd=tmp_path)
-    assert done.returncode == 2 and "the loss is" in done.stderr and "smaller --lr" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "gradient of the loss is" in done.stderr and "smaller --lr" in done.stderr and "Traceback" not in done.stderr
     checkpoint = tmp_path / "runs" / "swissroll" / "checkpoint.npz"
     assert not checkpoint.exists() or np.isfinite(np.load(checkpoint)["theta"]).all()
 
 
 def test_a_full_disk_loses_no_earlier_checkpoint(place, tmp_path):
-    """No file may grow beyond 1 KiB: the new checkpoint cannot be written, the old one is still whole."""
+    """No file may grow beyond 30 kB: the new checkpoint cannot be written, the old one is still whole."""
     shutil.copytree(place / "runs" / "swissroll", tmp_path / "run")
     before = (tmp_path / "run" / "checkpoint.npz").read_bytes()
     done = script("train.py", "--resume", "run", "--steps", 400, cwd=tmp_path,
@@ -660,17 +768,18 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
     known = ["--checkpoint", str(place / "runs" / "digits")]
     cases = [(["train.py", "--dataset", name], says) for name, says in [
         ("nonsense", "no data set or file"), ("nan.npy", "NaN"), ("constant.npy", "constant"), ("flat.npy", "must be (N, D)"),
-        ("ints.npy", "uint8"), ("text.npy", "uint8"), ("few.npy", "at least 10"), ("none.npy", "must be (N, D)"), ("objects.npy", "cannot be read"),
+        ("ints.npy", "uint8"), ("text.npy", "uint8"), ("few.npy", "at least 20"), ("none.npy", "must be (N, D)"), ("objects.npy", "cannot be read"),
         ("unnamed.npz", "name one of them"), ("unlike.npz", "must agree"), ("cut.npy", "cannot be read"), ("cut.idx", "damaged"),
         ("cut.gz", "cannot be read"), ("noise.idx", "not an IDX"), ("folder", "no train-images")]]
     cases += [([broken / "train.py", "--dataset", "mnist"], "checksum"),
               (["train.py", "--out", "digits"], "another run"), (["train.py", "--steps", "0"], "must be positive"),
               (["train.py", "--timesteps", "1"], "2 or more"), (["train.py", "--resume", "nowhere"], "no such checkpoint"),
               (["train.py", "--resume", place / "runs" / "digits", "--lr", "1"], "was started with"),
+              (["train.py", "--resume", place / "runs" / "digits", "--steps", "0"], "must be positive"),
+              (["train.py", "--resume", place / "runs" / "digits", "--steps", "1"], "steps already"),
               (["train.py", "--evaluate", "newer.npz"], "format 99"), (["train.py", "--evaluate", "cut.npy"], "not a checkpoint"),
               (["train.py", "--evaluate", "gone.npz"], "gone.npy"), (["train.py", "--evaluate", "digits"], "was trained on"),
               (["sample.py", "--checkpoint", "nowhere"], "no such checkpoint"), (["sample.py", "--checkpoint", "digits", "--inpaint"], "was trained on"),
-              (["sample.py", *known, "--inpaint", "nowhere.png"], "nor a mask"), (["sample.py", *known, "--inpaint", "cut.idx"], "not a picture"),
               (["sample.py", "--checkpoint", "mnist-like", "--denoise", "-1"], "positive"), (["sample.py", *known, "--number", "0"], "positive")]
     if dpm.backend() is np:
         cases += [(["train.py", "--gpu"], "--gpu:"), (["sample.py", *known, "--gpu"], "--gpu:")]
@@ -685,7 +794,7 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
     with ThreadPoolExecutor(4) as pool:
         assert not list(filter(None, pool.map(check, cases)))
     assert [p for p in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(p)] == [p for p in files if "__pycache__" not in str(p)]
-    for mask, says in [("mask5.png", "the mask is 5 x 5"), ("black.png", "nothing is missing")]:
+    for mask, says in [("mask5.png", "the mask is 5 x 5"), ("black.png", "nothing is missing"), ("nowhere.png", "nor a mask"), ("cut.idx", "not a picture")]:
         done = script("sample.py", *known, "--inpaint", tmp_path / mask, cwd=place)
         assert done.returncode == 2 and says in done.stderr
 
@@ -845,10 +954,14 @@ def test_scripts_on_the_stand_in(dataset, tmp_path, monkeypatch):
         signal.signal(signal.SIGINT, handler)
     run = next(pathlib.Path("runs").iterdir())
     assert json.loads((run / "result.json").read_text())["device"] == "stand-in"
-    try:
-        import importlib
-        monkeypatch.delitem(sys.modules, "cupy")
-        real = importlib.import_module("cupy")
-    except ImportError:
-        return
-    assert all(hasattr(real, name) or hasattr(real.random, name) or hasattr(real.cuda, name) for name in cupy.used)
+    assert cupy.used <= IN_CUPY
+
+
+# Looked up in CuPy 14.2, in cupy, cupy.random and cupy.cuda
+IN_CUPY = set("abs add asarray broadcast_to concatenate cos divide empty empty_like exp full linspace log matmul minimum multiply ones "
+              "sin sqrt stack subtract tanh zeros zeros_like".split())
+
+
+def test_the_list_of_cupys_names():
+    cupy = pytest.importorskip("cupy")
+    assert all(hasattr(cupy, name) for name in IN_CUPY) and hasattr(cupy.random, "Philox4x3210") and hasattr(cupy.random, "Generator")

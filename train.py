@@ -16,7 +16,6 @@ import json
 import math
 import pathlib
 import platform
-import resource
 import signal
 import statistics
 import sys
@@ -37,9 +36,9 @@ COLUMNS = ["step", "seconds", "K_minus_L_null_bits", *QUARTERS]
 
 # What is right for vectors (H W = 1) and for images, where no flag says otherwise
 DEFAULTS = {"vector": dict(steps=8000, batch_size=512, lr=2e-3, timesteps=40),
-            "image": dict(steps=12000, batch_size=128, lr=6e-3, timesteps=1000)}
+            "image": dict(steps=10000, batch_size=128, lr=6e-3, timesteps=1000)}
 KERNELS = {"vector": dict(maps=0, upper=128, upper_layers=3, scales=(0, 1, 2, 3, 4)),
-           "image": dict(width=256, layers=4, maps=8, upper=64, upper_layers=2, scales=(1, 3, 5), patch=5)}
+           "image": dict(width=256, layers=4, maps=8, sights=8, upper=64, upper_layers=2, scales=(1, 3, 5), patch=5)}
 
 
 def arguments():
@@ -67,12 +66,13 @@ def settings(args, dataset):
     kind = "vector" if dataset.shape[:2] == (1, 1) else "image"
     chosen = dict(DEFAULTS[kind], schedule="logsnr", seed=0, dtype="float32")
     chosen |= {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}
-    for name in ("steps", "batch_size", "lr"):
-        if not chosen[name] > 0:
-            raise dpm.InputError(f"--{name.replace('_', '-')} must be positive, not {chosen[name]}")
+    check_positive(chosen)
     if chosen["timesteps"] < 2 or chosen["seed"] < 0:
         raise dpm.InputError("--timesteps must be 2 or more" if chosen["timesteps"] < 2 else "--seed must not be negative")
-    return dict(dataset=dataset.name, **chosen), KERNELS[kind]
+    options = KERNELS[kind]
+    if kind == "image" and (dataset.shape[0] % 2 or dataset.shape[1] % 2):
+        options = options | dict(sights=0)  # the middle network wants an image that can be halved
+    return dict(dataset=dataset.name, **chosen), options
 
 
 def new_model(dataset, chosen, kernel_options, xp):
@@ -81,6 +81,12 @@ def new_model(dataset, chosen, kernel_options, xp):
     q = dpm.Gaussian(dpm.schedule(chosen["schedule"], chosen["timesteps"], detail ** 2), xp)
     kernel = dpm.Kernel(q, dataset.shape, **kernel_options, edges=dataset.edges, dtype=chosen["dtype"], seed=chosen["seed"])
     return dpm.DPM(q, kernel, dataset.shift, dataset.scale, chosen)
+
+
+def check_positive(chosen):
+    for name in ("steps", "batch_size", "lr"):
+        if not chosen[name] > 0:
+            raise dpm.InputError(f"--{name.replace('_', '-')} must be positive, not {chosen[name]}")
 
 
 def optimiser_options(chosen):
@@ -95,28 +101,36 @@ def train(model, adam, dataset, out, seconds=0.0):
     H_q_T, H_q_1 = model.diffusion.H_q(T), model.diffusion.H_q(1)
     checkpoint, stopped = out / "checkpoint.npz", []
     begun, saved_at, saved_step, recent = time.perf_counter() - seconds, -math.inf, adam.step, []
-    signal.signal(signal.SIGINT, lambda *_: (stopped.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
+
+    def stop(*_):  # the step at hand is finished first; a second Ctrl-C does not wait for it
+        stopped.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def save():
-        model.about["seconds"] = round(time.perf_counter() - begun, 1)
+        model.about |= dict(trained_steps=adam.step, seconds=round(time.perf_counter() - begun, 1), device=device_name(xp))
         model.save(checkpoint, adam)
 
+    def check(norm):
+        if not math.isfinite(norm):
+            kept = f"{checkpoint} keeps step {saved_step}" if checkpoint.exists() else "nothing was saved yet"
+            raise dpm.InputError(f"step {adam.step}: the gradient of the loss is {float(norm)}; {kept}; try a smaller --lr than {chosen['lr']}")
+
+    handler = signal.signal(signal.SIGINT, stop)
     with open(out / "log.csv", "a", newline="") as file, \
             tqdm(total=steps * number, initial=adam.step * number, unit="img", unit_scale=True, desc="train", dynamic_ncols=True) as bar:
         log = csv.writer(file)
         if file.tell() == 0:
             log.writerow(COLUMNS)
         while adam.step < steps and not stopped:
-            x0 = xp.asarray(dataset.draw(number, dpm.generator(dataset.xp, seed, adam.step), dtype))
+            x0 = xp.asarray(dataset.draw(number, dpm.generator(dataset.xp, "batch", seed, adam.step), dtype))
             recent.append(model.gradient(x0, seed, adam.step))
             norm = adam.update([k.grad for k in model.kernels], model.pool)
             bar.update(number)
-            if xp is np and not math.isfinite(norm):
-                raise dpm.InputError(f"step {adam.step}: the loss is {norm}; {checkpoint} keeps step {saved_step}; try a smaller --lr than {chosen['lr']}")
+            if xp is np:  # a GPU is asked only where a line is logged, so as not to wait for it at every step
+                check(norm)
             if adam.step % log_every == 0 or adam.step == steps:
+                check(norm)
                 t, kl = (dpm.to_host(xp.concatenate(parts)) for parts in zip(*recent))
-                if not np.isfinite(kl).all():
-                    raise dpm.InputError(f"step {adam.step}: the loss is NaN; {checkpoint} keeps step {saved_step}; try a smaller --lr than {chosen['lr']}")
                 # with data of unit variance L_null = -H_p(X_T), so K - L_null is the KLs against the entropies
                 climbed = D * (H_q_T - H_q_1) - kl.mean()
                 quarter = np.minimum((t - 2) * 4 // (T - 1), 3)
@@ -132,6 +146,7 @@ def train(model, adam, dataset, out, seconds=0.0):
                     save()
                     saved_at, saved_step = time.perf_counter(), adam.step
     save()
+    signal.signal(signal.SIGINT, handler)
     if stopped:
         print(f"stopped at step {adam.step}; go on with: python train.py --resume {out}")
         sys.exit(130)
@@ -143,6 +158,7 @@ def evaluate(path, gpu):
     checkpoint = path / "checkpoint.npz" if path.is_dir() else path
     model = dpm.DPM.load(checkpoint, dpm.backend(gpu))
     dataset = load_for(model)
+    print(f"evaluating {checkpoint} on {device_name(model.xp)}", flush=True)
     T, D, image, about = model.T, model.kernel.D, model.kernel.pixels > 1, model.about
     # Enough for a standard error of about 0.005 bits/dim; every t is used for as many examples as every other
     x0 = dataset.held_out(10_000 if image else 4_000)
@@ -150,11 +166,11 @@ def evaluate(path, gpu):
     started = time.perf_counter()
 
     def bound(of):
-        return of.bound(x0, np.random.default_rng(1), steps, progress=lambda blocks: tqdm(blocks, desc="bound", leave=False))
+        return of.bound(x0, dpm.generator(np, "bound"), steps, progress=lambda blocks: tqdm(blocks, desc="bound", leave=False))
 
     found = bound(model)
-    result = dict(dataset=dataset.name, examples=len(x0), timesteps=T, steps=about.get("trained_steps", about["steps"]),
-                  seconds=about.get("seconds"), device=device_name(model.xp), dimension=D, shift=model.shift, scale=model.scale,
+    result = dict(dataset=dataset.name, examples=len(x0), timesteps=T, steps=about["trained_steps"],
+                  seconds=about["seconds"], device=about["device"], dimension=D, shift=model.shift, scale=model.scale,
                   schedule=about["schedule"], K_bits=found["K"] / LN2, K_bits_se=found["K_se"] / LN2,
                   L_null_bits=found["L_null"] / LN2, K_minus_L_null_bits=found["K_minus_L_null"] / LN2,
                   K_minus_L_null_bits_se=found["K_minus_L_null_se"] / LN2, kl_bits=(found["kl"] / LN2).tolist(),
@@ -167,7 +183,7 @@ def evaluate(path, gpu):
         best = bound(dpm.DPM(q, dpm.IdealKernel(q, dataset.truth.moments)))
         truth = dataset.truth.log_density(x0)
         gap = best["K_each"] - found["K_each"]
-        result |= dict(K_star_bits=best["K"] / LN2, K_star_minus_K_bits=gap.mean() / LN2,
+        result |= dict(K_star_bits=best["K"] / LN2, K_star_bits_se=best["K_se"] / LN2, K_star_minus_K_bits=gap.mean() / LN2,
                        K_star_minus_K_bits_se=gap.std() / math.sqrt(len(gap)) / LN2,
                        L_true_bits=truth.mean() / LN2, L_true_bits_se=truth.std() / math.sqrt(len(truth)) / LN2)
     out = checkpoint.parent if checkpoint.name == "checkpoint.npz" else pathlib.Path("runs") / checkpoint.stem
@@ -177,16 +193,18 @@ def evaluate(path, gpu):
     if image:
         samples = model.sample(64, seed=about["seed"], progress=lambda s: tqdm(s, desc="samples", leave=False))
         save_grid(to_bytes(model, dpm.to_host(samples)), out / "samples.png")
-    elif D == 2:
+    elif dataset.truth:
         draw_figure_1(model, dataset, out / "figure1.png")
+    else:
+        draw_points({"held out": x0, "samples": dpm.to_host(model.sample(len(x0), about["seed"], batch=1000))}, out / "samples.png")
     result["evaluation_seconds"] = round(time.perf_counter() - started, 1)
     with dpm.written_whole(out / "result.json") as part:
         part.write_text(json.dumps(result, indent=1))
-    print_table(result, found, image)
+    print_table(result, image)
     print(f"{out}: result.json, {', '.join(sorted(p.name for p in out.glob('*.png')))}")
 
 
-def print_table(r, found, image):
+def print_table(r, image):
     D, unit = r["dimension"], "bits/pixel" if image else "bits"
     per = D if image else 1
 
@@ -204,7 +222,7 @@ def print_table(r, found, image):
     if "K_star_bits" in r:
         print("  K <= K* <= L:")
         row("K", r["K_bits"], r["K_bits_se"], "this model")
-        row("K*", r["K_star_bits"], note="the best that any kernel of this form can do")
+        row("K*", r["K_star_bits"], r["K_star_bits_se"], "the best that any kernel of this form can do")
         row("  K* - K", r["K_star_minus_K_bits"], r["K_star_minus_K_bits_se"])
         row("L", r["L_true_bits"], r["L_true_bits_se"], "the data's own mean log likelihood")
     if "bits_per_dim" in r:
@@ -213,6 +231,7 @@ def print_table(r, found, image):
 
 def benchmark(args):
     """Training and sampling speed of the model that --dataset would train, beside the rate of a plain matrix product."""
+    import resource
     xp = dpm.backend(args.gpu)
     dataset = data.load(args.dataset or "mnist")
     chosen, options = settings(args, dataset)
@@ -233,11 +252,11 @@ def benchmark(args):
         return statistics.median(times[2:])
 
     def step(i):
-        model.gradient(xp.asarray(dataset.draw(number, dpm.generator(dataset.xp, 0, i), dtype)), 0, i)
+        model.gradient(xp.asarray(dataset.draw(number, dpm.generator(dataset.xp, "batch", 0, i), dtype)), 0, i)
         adam.update([k.grad for k in model.kernels], model.pool)
 
     size = 1536
-    a = [xp.asarray(np.random.default_rng(0).standard_normal((size, size)).astype(dtype)) for _ in range(model.threads)]
+    a = [xp.asarray(dpm.generator(np, "benchmark").standard_normal((size, size)).astype(dtype)) for _ in range(model.threads)]
     b = [xp.empty_like(a[0]) for _ in a]
     products = lambda _: list(model.pool.map(lambda i: xp.matmul(a[i], a[i], out=b[i]), range(model.threads)))
     # The machine's speed drifts: rate and step are measured in turn
@@ -264,8 +283,10 @@ def benchmark(args):
 def load_for(model):
     """The data set that a model was trained on. InputError if it is gone or has another shape."""
     dataset = data.load(model.about["dataset"])
-    if dataset.shape != model.kernel.shape:
-        raise dpm.InputError(f"{dataset.name} has examples of shape {dataset.shape}, the checkpoint was trained on {model.kernel.shape}")
+    if dataset.shape != model.kernel.shape or dataset.bytes != model.about["bytes"]:
+        kind = {True: "bytes", False: "floating point"}
+        raise dpm.InputError(f"{dataset.name} has examples of shape {dataset.shape}, {kind[dataset.bytes]}; the checkpoint was trained on "
+                             f"{model.kernel.shape}, {kind[model.about['bytes']]}")
     dataset.shift, dataset.scale = model.shift, model.scale
     return dataset
 
@@ -279,7 +300,7 @@ def device_name(xp):
 def to_bytes(model, x):
     """Normalised images (n, D) as uint8 pictures (n, H, W, C): back to the data's units; data that is not bytes is stretched."""
     raw = x * model.scale + model.shift
-    if not model.about.get("bytes"):
+    if not model.about["bytes"]:
         raw = (raw - raw.min()) / max(float(np.ptp(raw)), 1e-12) * 255
     return np.clip(np.floor(raw), 0, 255).astype(np.uint8).reshape(-1, *model.kernel.shape)
 
@@ -325,11 +346,20 @@ def draw_kl(model, found, best, path):
     save_figure(figure, path)
 
 
+def draw_points(sets, path):
+    """The first two coordinates of vectors, one panel for each named set (..., D)."""
+    figure, axes = plt.subplots(1, len(sets), figsize=(4 * len(sets), 4), layout="constrained", sharex=True, sharey=True)
+    for axis, (name, x) in zip(np.atleast_1d(axes), sets.items()):
+        axis.scatter(x[..., 0].ravel(), x[..., min(1, x.shape[-1] - 1)].ravel(), s=3)
+        axis.set(title=name, aspect="equal")
+    save_figure(figure, path)
+
+
 def draw_figure_1(model, dataset, path, number=2000):
     """Figure 1 of the paper: the data diffusing, the model running backwards, and the drift f_mu(x, t) - x, at three times."""
     T = model.T
     times = (1, T // 2, T)
-    rng = np.random.default_rng(0)
+    rng = dpm.generator(np, "figure")
     x0 = model.xp.asarray(dataset.draw(number, rng))
     samples, kept = model.sample(number, batch=number, keep=times[1:])
     kept[1] = samples
@@ -369,6 +399,7 @@ def start(args):
     model = new_model(dataset, dict(chosen, bytes=dataset.bytes), options, xp)
     out = pathlib.Path(args.out) if args.out else free_directory(dataset.name)
     out.mkdir(parents=True, exist_ok=True)
+    (out / "log.csv").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
     return model, dpm.Adam(model.kernel.theta, xp, **optimiser_options(chosen)), dataset, out
 
 
@@ -379,7 +410,11 @@ def resume(args):
     for name in ("dataset", "batch_size", "lr", "timesteps", "schedule", "seed", "dtype"):
         if getattr(args, name) not in (None, model.about[name]):
             raise dpm.InputError(f"{out} was started with --{name.replace('_', '-')} {model.about[name]}, not {getattr(args, name)}; leave the flag away")
-    model.about["steps"] = args.steps or model.about["steps"]
+    if args.steps is not None:
+        model.about["steps"] = args.steps
+        check_positive(model.about)
+        if args.steps < adam.step:
+            raise dpm.InputError(f"{out} has made {adam.step} steps already; --steps {args.steps} would be less")
     for name, value in optimiser_options(model.about).items():
         setattr(adam, name, value)
     # What was logged after the checkpoint will be computed, and logged, again

@@ -1,7 +1,7 @@
 """Data sets: `load(name_or_path)` reads or makes one, checks it, and normalises it.
 
-    swissroll      the paper's two-dimensional toy, endless, with its exact density (section 3.1.1 of the paper)
-    mnist          the 60,000 + 10,000 digits that lie beside this file, as gzipped IDX (section 3.2.2)
+    swissroll      the paper's two-dimensional toy, endless, with its exact density
+    mnist          the 60,000 + 10,000 digits that lie beside this file, as gzipped IDX
     FOLDER | FILE  IDX images, gzipped or not: any folder with the file names of MNIST (Fashion-MNIST, say), or one file
     FILE.npy|.npz  your own array (N, D), (N, H, W) or (N, H, W, C), uint8 or floating point; an .npz holds `train` and,
                    if it has one, `test`, or a single array under any name
@@ -20,7 +20,7 @@ import zlib
 import numpy as np
 from scipy.special import logsumexp, softmax
 
-from dpm import InputError
+from dpm import InputError, first_line, generator
 
 HERE = pathlib.Path(__file__).parent
 IMAGES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
@@ -69,15 +69,12 @@ class Data:
     def __init__(self, name, train, test, shape):
         self.name, self.train, self.test, self.shape = name, train, test, tuple(shape)
         self.bytes = train.dtype == np.uint8
-        total = squares = 0.0
-        for block in np.array_split(train, max(1, len(train) // 4096)):  # in blocks: float64 of it all would cost 400 MB
-            block = block.astype(np.float64) + 0.5 * self.bytes
-            total, squares = total + block.sum(), squares + (block ** 2).sum()
-        self.shift = total / train.size
-        self.scale = np.sqrt(squares / train.size - self.shift ** 2 + self.bytes / 12)
-
+        blocks = np.array_split(train, max(1, len(train) // 4096))      # in blocks: float64 of it all would cost 400 MB
+        self.shift = float(sum(block.sum(dtype=np.float64) for block in blocks) / train.size + 0.5 * self.bytes)
+        squares = sum(((block + 0.5 * self.bytes - self.shift) ** 2).sum() for block in (b.astype(np.float64) for b in blocks))
+        self.scale = float(np.sqrt(squares / train.size + self.bytes / 12))
         if self.bytes:
-            self.edges = tuple(float(level - self.shift) / float(self.scale) for level in (0, 1, 255, 256))
+            self.edges = tuple((level - self.shift) / self.scale for level in (0, 1, 255, 256))
 
     def to(self, xp):
         """Moves the training part to where xp computes; from then on `draw` makes its batches there, and wants a generator of xp."""
@@ -89,7 +86,7 @@ class Data:
 
     def held_out(self, number, seed=0):
         """The first `number` test examples, normalised, float64; the same dequantisation for the same seed."""
-        return self.normalise(self.test[:number], np.random.default_rng(seed))
+        return self.normalise(self.test[:number], generator(np, "held out", seed))
 
     def normalise(self, raw, rng, dtype=np.float64):
         """raw -> x; bytes get their uniform noise here."""
@@ -127,7 +124,7 @@ class SwissRoll(Data):
         return (x + self.noise * rng.standard_normal(x.shape)).astype(dtype)
 
     def held_out(self, number, seed=0):
-        return self.draw(number, np.random.default_rng([seed, 1]))
+        return self.draw(number, generator(np, "held out", seed))
 
 
 def load(name_or_path):
@@ -188,7 +185,7 @@ def _read_numpy(path):
                 return content[content.files[0]], None
             names = ", ".join(content.files)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read as a NumPy file ({str(error).splitlines()[0] if str(error) else 'it is empty'})") from None
+        raise InputError(f"{path}: cannot be read as a NumPy file ({first_line(error)})") from None
     raise InputError(f"{path}: holds {names}; name one of them 'train' (and one 'test')")
 
 
@@ -205,11 +202,12 @@ def _checked(name, train, test):
             raise InputError(f"{name}: test examples of shape {part.shape[1:]} and type {part.dtype}, training examples of "
                              f"{train.shape[1:]} and {train.dtype}; they must agree")
     if test is None:
-        if len(train) < 10:
-            raise InputError(f"{name}: {len(train)} examples; at least 10 are needed to set a tenth aside")
-        order = np.random.default_rng(0).permutation(len(train))
+        if len(train) < 20:
+            raise InputError(f"{name}: {len(train)} examples; at least 20 are needed to set a tenth aside")
+        order = generator(np, "split").permutation(len(train))
         train, test = train[order[len(train) // 10:]], train[order[:len(train) // 10]]
-    if train.min() == train.max():
-        raise InputError(f"{name}: every value is {train.flat[0]}; constant data has no scale")
     shape = (1, 1, train.shape[1]) if train.ndim == 2 else (*train.shape[1:], 1)[:3]
-    return Data(name, train.reshape(len(train), -1), test.reshape(len(test), -1), shape)
+    dataset = Data(name, train.reshape(len(train), -1), test.reshape(len(test), -1), shape)
+    if train.min() == train.max() or not 0 < dataset.scale < np.inf:
+        raise InputError(f"{name}: every value is {train.flat[0]}, or all but; constant data has no scale")
+    return dataset
