@@ -357,7 +357,7 @@ def test_stratified_is_even_and_never_leaves_2_to_T():
 
 def test_stratified_estimate_agrees_with_the_sum_over_all_t():
     """gradient() and bound(steps=...) estimate the same sum; closely enough to tell T - 1 terms from T."""
-    model = small_model(T=12)
+    model = small_model(T=12, stir=0.1)
     x0 = np.repeat(rng(15).standard_normal((1, 3)), 4000, 0)
     exact = [model.bound(x0, rng(16, i))["kl"].sum() for i in range(4)]
     estimates = [model.gradient(x0, 17, i)[1].mean() for i in range(16)]

@@ -35,7 +35,7 @@ QUARTERS = [f"K_quarter_{i}_bits" for i in (1, 2, 3, 4)]
 COLUMNS = ["step", "seconds", "K_minus_L_null_bits", *QUARTERS]
 
 # What is right for vectors (H W = 1) and for images, where no flag says otherwise
-DEFAULTS = {"vector": dict(steps=8000, batch_size=512, lr=2e-3, timesteps=40),
+DEFAULTS = {"vector": dict(steps=13000, batch_size=512, lr=3e-3, timesteps=40),
             "image": dict(steps=11000, batch_size=128, lr=6e-3, timesteps=1000)}
 KERNELS = {"vector": dict(maps=0, upper=128, upper_layers=3, scales=(0, 1, 2, 3, 4)),
            "image": dict(width=256, layers=4, maps=4, sights=8, upper=64, upper_layers=2, scales=(1, 3, 5), patch=3)}
