@@ -389,6 +389,8 @@ class Kernel:
         # A slice of images goes through the upper network while its activations are in cache; a GPU takes the whole batch
         self.slice = max(1, 6400 // self.pixels) if self.xp is np else 1 << 30
         self._buffers = {}
+        phase = np.arange(diffusion.T + 1)[:, None] / diffusion.T * np.exp(np.linspace(0, 5, 32))
+        self._phases = self.xp.asarray(np.concatenate([np.sin(phase), np.cos(phase)], 1).astype(self.dtype))
         size = sum(map(math.prod, self.shapes.values()))
         if theta is None:
             rng, theta = generator(np, "weights", seed), np.zeros(size, self.dtype)
@@ -433,10 +435,8 @@ class Kernel:
 
     def _time(self, t):
         """The phases of t / T at 32 frequencies from 1 to e^5, (n, 64), and e (n, time)."""
-        xp = self.xp
-        phase = (t / self.diffusion.T)[:, None] * xp.exp(xp.linspace(0, 5, 32))
-        phases = xp.concatenate([xp.sin(phase), xp.cos(phase)], 1).astype(self.dtype)
-        return phases, xp.tanh(phases @ self.W["time.Q"] + self.W["time.q"])
+        phases = self._phases[t]
+        return phases, self.xp.tanh(phases @ self.W["time.Q"] + self.W["time.q"])
 
     def _patches(self, name, x, size, u):
         """Fills u (C size^2, n, H W) with the squares of size x size around every pixel of x (n, H, W, C), 0 beyond the border."""

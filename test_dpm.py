@@ -640,7 +640,8 @@ def test_train_leaves_everything(place):
         result = json.loads((run / "result.json").read_text())
         assert result["K_bits"] == pytest.approx(-sum(result["kl_bits"]) + result["H_q_T_bits"] - result["H_q_1_bits"] - result["H_p_T_bits"])
         log = np.genfromtxt(run / "log.csv", delimiter=",", names=True)
-        assert log["step"][-1] == result["steps"] and log["K_minus_L_null_bits"][-1] > log["K_minus_L_null_bits"][0]
+        assert log["step"][-1] == result["steps"], name
+        assert log["K_minus_L_null_bits"][-15:].mean() > log["K_minus_L_null_bits"][:15].mean(), name
     roll = json.loads((place / "runs" / "swissroll" / "result.json").read_text())
     assert 0 < roll["K_minus_L_null_bits"] and roll["K_bits"] < roll["K_star_bits"] < roll["L_true_bits"] + 0.05
     digits = json.loads((place / "runs" / "digits" / "result.json").read_text())
@@ -880,6 +881,8 @@ class StandIn:
         self.random = self.cuda = self
 
     def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
         self.used.add(name)
         return on_device(getattr(np, name))
 
