@@ -39,8 +39,7 @@ def arguments():
 
 def find_checkpoint(given):
     if given:
-        path = pathlib.Path(given)
-        return path / "checkpoint.npz" if path.is_dir() else path
+        return train.checkpoint_in(given)
     runs = sorted(pathlib.Path("runs").glob("*/checkpoint.npz"), key=lambda p: p.stat().st_mtime)
     return runs[-1] if runs else SHIPPED
 

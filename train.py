@@ -126,10 +126,10 @@ def train(model, adam, dataset, out, seconds=0.0):
             recent.append(model.gradient(x0, seed, adam.step))
             norm = adam.update([k.grad for k in model.kernels], model.pool)
             bar.update(number)
-            if xp is np:  # a GPU is asked only where a line is logged, so as not to wait for it at every step
+            line_is_due = adam.step % log_every == 0 or adam.step == steps
+            if xp is np or line_is_due:  # so as not to wait for a GPU at every step
                 check(norm)
-            if adam.step % log_every == 0 or adam.step == steps:
-                check(norm)
+            if line_is_due:
                 t, kl = (dpm.to_host(xp.concatenate(parts)) for parts in zip(*recent))
                 # with data of unit variance L_null = -H_p(X_T), so K - L_null is the KLs against the entropies
                 climbed = D * (H_q_T - H_q_1) - kl.mean()
@@ -154,8 +154,7 @@ def train(model, adam, dataset, out, seconds=0.0):
 
 def evaluate(path, gpu):
     """Every number and figure of a trained model: result.json and pictures beside its checkpoint, a table on the terminal."""
-    path = pathlib.Path(path)
-    checkpoint = path / "checkpoint.npz" if path.is_dir() else path
+    checkpoint = checkpoint_in(path)
     model = dpm.DPM.load(checkpoint, dpm.backend(gpu))
     dataset = load_for(model)
     print(f"evaluating {checkpoint} on {device_name(model.xp)}", flush=True)
@@ -279,6 +278,12 @@ def benchmark(args):
 # ---------------------------------------------------------------------------------------------------------------------------
 # Files and figures
 # ---------------------------------------------------------------------------------------------------------------------------
+
+def checkpoint_in(path):
+    """The checkpoint of the run in a directory; a path of anything else is that of a checkpoint itself."""
+    path = pathlib.Path(path)
+    return path / "checkpoint.npz" if path.is_dir() else path
+
 
 def load_for(model):
     """The data set that a model was trained on. InputError if it is gone or has another shape."""
