@@ -36,9 +36,9 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from scipy.special import expit, logit
+from scipy.special import entr, expit, logit, logsumexp
 
-FORMAT = 1  # of the checkpoint file
+FORMAT = 2  # of the checkpoint file
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -102,55 +102,117 @@ def schedule(kind, T, beta_1):
     kind    logsnr   logit(1 - alpha_bar_t) linear in t, from logit(beta_1) to 10
             paper    beta_t = 1 / (T - t + 1) for t >= 2, footnote 2 and section 2.4.1: a fixed fraction of the signal goes at each step
             linear   beta_t on the line from 1e-4 at t = 1 to 0.02 at T, times 1000 / T so that any T ends in noise (Ho et al. 2020)
+            cosine   alpha_bar_t = (1 - beta_1) cos(0.99 pi/2 u), u from 0 at t = 1 to 1 at T: a good one for bits
     beta_1  the variance of the first step, fixed (section 2.4.1). It limits K: no model gets above -D/2 ln(2 pi e beta_1).
+
+    The schedule that ascends K is LearnedSchedule.
     """
     if T < 2 or not 0 < beta_1 < 1:
         raise InputError(f"a schedule needs T >= 2 and 0 < beta_1 < 1, not T = {T}, beta_1 = {beta_1}")
     t = np.arange(2, T + 1)
     if kind == "logsnr":
         return np.concatenate([[1], expit(-np.linspace(logit(beta_1), 10, T))])
+    if kind == "cosine":
+        return np.concatenate([[1], (1 - beta_1) * np.cos(0.99 * math.pi / 2 * np.linspace(0, 1, T))])
     if kind == "paper":
         beta = 1 / (T - t + 1)
     elif kind == "linear":
         beta = np.minimum(np.linspace(1e-4, 0.02, T)[1:] * 1000 / T, 0.999)
     else:
-        raise InputError(f"no schedule '{kind}': choose logsnr, paper or linear")
+        raise InputError(f"no schedule '{kind}': choose logsnr, paper, linear or cosine")
     return np.concatenate([[1], np.cumprod(np.concatenate([[1 - beta_1], 1 - beta]))])
+
+
+class LearnedSchedule:
+    """beta_2..T as parameters that ascend K, section 2.4.1; beta_1 stays fixed. Its parameters psi are weights like any other.
+
+    With logsnr_t = logit(1 - alpha_bar_t), whose rise at t is the log of what the step multiplies noise to signal by,
+
+        logsnr_t = logsnr_1 + (end - logsnr_1) c_t / c_T,    c_t = sum_{s=2..t} exp(a_s),    end = 6 + 4 s(psi_end),    s(z) = z / (1 + |z|)
+
+    where a_2..T runs in straight lines between at most 40 knots 6 s(psi / 6), so that a long trajectory is smooth in t. Whatever psi
+    is, |a| < 6 and 2 < end < 10, so every step rises and 0 < beta_t < 1. psi = 0 is logsnr linear in t.
+    """
+
+    def __init__(self, T, beta_1, xp=np):
+        self.xp, self.first, knots = xp, float(logit(beta_1)), self.parameters(T) - 1
+        place = np.linspace(0, knots - 1, T - 1)
+        self.between = xp.asarray(np.maximum(0, 1 - np.abs(place[:, None] - np.arange(knots))))  # a = between @ knots
+
+    @staticmethod
+    def parameters(T):
+        """How many: the knots and the end."""
+        return min(T - 1, 40) + 1
+
+    def forward(self, psi):
+        """alpha_bar_0..T of psi."""
+        xp = self.xp
+        psi = psi.astype(np.float64)
+        self.slope = 1 / (1 + xp.abs(psi / 6)) ** 2                     # of 6 s(psi / 6)
+        self.rise = xp.exp(self.between @ (psi / (1 + xp.abs(psi / 6)))[:-1])
+        self.c, self.end_slope = xp.cumsum(self.rise), 4 / (1 + xp.abs(psi[-1:])) ** 2
+        self.span = 6 + 4 * psi[-1:] / (1 + xp.abs(psi[-1:])) - self.first
+        logsnr = xp.concatenate([xp.zeros(1), self.span * self.c / self.c[-1:]]) + self.first
+        return xp.concatenate([xp.ones(1), 1 / (1 + xp.exp(logsnr))])
+
+    def backward(self, dlogsnr):
+        """dpsi from dlogsnr (T + 1,), of which entries 0 and 1 do not count.
+
+        logsnr_t = first + span c_t / c_T      dspan = sum dlogsnr_t c_t / c_T      dc_t = span / c_T (dlogsnr_t - [t = T] dspan)
+        c_t = sum_{s<=t} exp(a_s)              da_s = exp(a_s) sum_{t>=s} dc_t
+        """
+        xp, share = self.xp, self.c / self.c[-1:]
+        dspan = (dlogsnr[2:] * share).sum(keepdims=True)
+        later = xp.cumsum(dlogsnr[2:][::-1])[::-1] - dspan
+        da = self.rise * later * self.span / self.c[-1:]
+        return xp.concatenate([self.between.T @ da * self.slope[:-1], dspan * self.end_slope])
 
 
 class Gaussian:
     """The Gaussian diffusion, left column of Table App.1, for one schedule alpha_bar_0..T.
 
     A kernel for it gives two numbers per dimension, out (n, D, 2), v = out[..., 0] and w = out[..., 1]; see `reverse`.
-    Methods take t as an integer array (n,), one per example.
+    Methods take t as an integer array (n,), one per example. A distribution over x is its parameters, here (mean, variance).
     """
 
-    outputs = 2
+    outputs, pi, mean = 2, (0.0, 1.0), 0.0  # mean: of the data
+    config = {}
 
     def __init__(self, alpha_bar, xp=np):
-        alpha_bar = np.asarray(alpha_bar, np.float64)
-        before = np.concatenate([[1], alpha_bar[:-1]])                  # alpha_bar_{t-1}
+        self.xp, self.T = xp, len(alpha_bar) - 1
+        self.set(xp.asarray(alpha_bar, np.float64))
+
+    def set(self, alpha_bar):
+        """Takes another schedule (T + 1,) of the same length."""
+        xp = self.xp
+        before = xp.concatenate([xp.ones(1), alpha_bar[:-1]])           # alpha_bar_{t-1}
         beta, noise = 1 - alpha_bar / before, 1 - alpha_bar
         with np.errstate(divide="ignore", invalid="ignore"):            # at t < 2 there is no posterior
-            beta_tilde = beta * (1 - before) / noise
-            tables = dict(forward=(np.sqrt(alpha_bar), np.sqrt(noise)),
-                          posterior=(np.sqrt(before) * beta / noise, np.sqrt(1 - beta) * (1 - before) / noise, beta_tilde),
-                          reverse=(np.sqrt(1 - beta), -beta * np.sqrt(before / noise), np.log(beta), np.log(noise / (1 - before))))
-        self.xp, self.T = xp, len(alpha_bar) - 1
-        self.alpha_bar, self.beta = xp.asarray(alpha_bar), xp.asarray(beta)
-        self._tables = {name: xp.asarray(np.stack(rows)) for name, rows in tables.items()}
+            self._tables = dict(
+                angle=xp.stack([xp.sqrt(alpha_bar), xp.sqrt(noise)]),
+                kernel=xp.stack([xp.sqrt(1 - beta), beta]),
+                posterior=xp.stack([xp.sqrt(before) * beta / noise, xp.sqrt(1 - beta) * (1 - before) / noise, beta * (1 - before) / noise]),
+                reverse=xp.stack([-beta * xp.sqrt(before / noise), xp.log(noise / (1 - before))]))
+        self.alpha_bar, self.beta = alpha_bar, beta
 
     def _at(self, name, t):
         """The coefficients in that table at t (n,), as columns (n, 1)."""
         return self._tables[name][:, t][:, :, None]
 
     def signal_and_noise(self, t):
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), (n, 1): what is left of x_0 in x_t, and the deviation of what was added."""
-        return self._at("forward", t)
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), (n, 1): what is left of x_0 in x_t, and the deviation of what was added.
+        They are the cosine and the sine of an angle phi_t, and x_t = cos phi_t x_0 + sin phi_t eps turns from data to noise."""
+        return self._at("angle", t)
 
     def noise(self, shape, rng, dtype=np.float64):
         """The randomness of one draw, frozen: eps ~ N(0, I)."""
         return rng.standard_normal(shape, dtype=dtype)
+
+    def kernel(self, x, t):
+        """T_pi(. | x; beta_t) = N(sqrt(1 - beta_t) x, beta_t I), eq. 2: q(x_t | x_{t-1}) of x = x_{t-1}; and, at t = 1, the fixed first
+        reverse step p(x_0 | x_1) of x = x_1 (eq. 44), since pi does not change under a step and its step back. Mean and variance."""
+        shrink, beta = self._at("kernel", t)
+        return shrink * x, beta
 
     def diffuse(self, x0, t, eps):
         """x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), from frozen noise eps (n, D)."""
@@ -167,34 +229,81 @@ class Gaussian:
         return from_x0 * x0 + from_xt * xt, beta_tilde
 
     def reverse(self, xt, t, out):
-        """p(x_{t-1} | x_t) = N(f_mu, f_sigma), t >= 2: f_mu and log f_sigma (n, D).
+        """p(x_{t-1} | x_t) = N(f_mu, f_sigma), t >= 2: the mean f_mu and the variance f_sigma, (n, D).
 
         f_mu = sqrt(1 - beta_t) x_t - v beta_t sqrt(alpha_bar_{t-1} / (1 - alpha_bar_t))
-        log f_sigma = log beta_t + w (log beta_t - log beta~_t)
+        f_sigma = beta_t exp(w s_t),    s_t = log beta_t / beta~_t = log (1 - alpha_bar_t) / (1 - alpha_bar_{t-1})
 
         At v = w = 0 this is the equilibrium kernel, exact for white data. The v that makes f_mu equal mu~ is
-        sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0, of unit size at every t. w = 0 and w = -1 stand at the upper and the
-        lower bound that eq. 24 puts on the entropy of this step.
+        v* = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 = dx_t / dphi, of unit size at every t. w = 0 and w = -1 stand at
+        the upper and the lower bound that eq. 24 puts on the entropy of this step.
         """
-        shrink, shift, log_beta, spread = self._at("reverse", t)
-        return shrink * xt + shift * out[..., 0], log_beta + spread * out[..., 1]
+        shrink, beta = self._at("kernel", t)
+        shift, s = self._at("reverse", t)
+        return shrink * xt + shift * out[..., 0], beta * self.xp.exp(s * out[..., 1])
+
+    def _error(self, x0, xt, t, out):
+        """s_t (n, 1), w and v - v* (n, D)."""
+        signal, deviation = self.signal_and_noise(t)
+        return self._at("reverse", t)[1], out[..., 1], out[..., 0] - (signal * xt - x0) / deviation
 
     def kl(self, x0, xt, t, out):
         """KL[ q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ], t >= 2, in nats (n,), and its derivative dout, shaped as out.
 
-        per dimension, 1/2 [ log(f_sigma / beta~) - 1 + (beta~ + (f_mu - mu~)^2) / f_sigma ]
+        per dimension, 1/2 [ log(f_sigma / beta~) - 1 + (beta~ + (f_mu - mu~)^2) / f_sigma ], where of the schedule only s is left:
+        1/2 [ (1 + w) s - 1 + e^{-(1 + w) s} + (1 - e^{-s}) e^{-w s} (v - v*)^2 ]
         """
         xp = self.xp
-        mu, beta_tilde = self.posterior(x0, xt, t)
-        f_mu, log_f_sigma = self.reverse(xt, t, out)
-        precision, error = xp.exp(-log_f_sigma), f_mu - mu
-        df_mu = error * precision
-        excess = beta_tilde * precision + df_mu * error                 # 1 where p has just the right variance
-        _, shift, log_beta, spread = self._at("reverse", t)             # log beta~ = log beta - spread
+        s, w, error = self._error(x0, xt, t, out)
+        e, less = xp.exp(-s * w), xp.exp(-s)
+        dv = (1 - less) * e * error
+        excess = less * e + dv * error - 1                              # 0 where p has just the right variance
         dout = xp.empty(out.shape, out.dtype)
-        dout[..., 0] = df_mu * shift
-        dout[..., 1] = 0.5 * (1 - excess) * spread
-        return 0.5 * (log_f_sigma + excess + (spread - log_beta - 1)).sum(1), dout
+        dout[..., 0] = dv
+        dout[..., 1] = -0.5 * s * excess
+        return 0.5 * ((1 + w) * s + excess).sum(1), dout
+
+    def ds(self, x0, xt, t, out):
+        """The derivative of kl in s_t, v* held, (n,): 1/2 [ (1 + w) (1 - e^{-(1 + w) s}) + (e^{-s} - w (1 - e^{-s})) e^{-w s} (v - v*)^2 ]."""
+        xp = self.xp
+        s, w, error = self._error(x0, xt, t, out)
+        e, less = xp.exp(-s * w), xp.exp(-s)
+        return 0.5 * ((1 + w) * (1 - less * e) + (less - w * (1 - less)) * e * error ** 2).sum(1)
+
+    def dlogsnr(self, t, dphi, ds):
+        """dlogsnr (T + 1,), logsnr_t = log (1 - alpha_bar_t) / alpha_bar_t, from dphi and ds of examples at t (n,).
+
+        logsnr = 2 log tan phi                           dphi_t / dlogsnr_t = 1/2 sin phi_t cos phi_t
+        s_t = log sin^2 phi_t - log sin^2 phi_{t-1}      dlog sin^2 phi_t / dlogsnr_t = cos^2 phi_t = alpha_bar_t
+        """
+        xp = self.xp
+        signal, deviation = self._tables["angle"]
+        dphi, ds = (xp.bincount(t, d, self.T + 1) for d in (dphi, ds))
+        ds[:-1] -= ds[1:]                                               # s_t and s_{t+1} both have phi_t
+        return 0.5 * signal * deviation * dphi + self.alpha_bar * ds
+
+    def paper_form(self, xt, t, z):
+        """The paper's own readout, eqs. 64 and 65: the out (n, D, 2) that stands for z = (z_mu, z_sigma), (n, D, 2).
+
+        f_sigma = sigmoid(z_sigma + logit beta_t)      f_mu = (x_t - z_mu) (1 - f_sigma) + z_mu
+        With rho = f_sigma / beta_t = e^z_sigma / (1 + beta_t (e^z_sigma - 1)) and c = (1 - sqrt(1 - beta_t)) / beta_t,
+        v = sqrt((1 - alpha_bar_t) / alpha_bar_{t-1}) (rho (x_t - z_mu) - c x_t)      w = log rho / s
+        """
+        xp = self.xp
+        shrink, beta = self._at("kernel", t)
+        shift, s = self._at("reverse", t)
+        log_rho = z[..., 1] - xp.log1p(beta * xp.expm1(z[..., 1]))
+        v = (xp.exp(log_rho) * (xt - z[..., 0]) - xt / (1 + shrink)) * (-beta / shift)
+        return xp.stack([v, log_rho / s], 2).astype(z.dtype)
+
+    def dpaper_form(self, xt, t, z, dout):
+        """dz from dout: drho = rho (1 - f_sigma) dz_sigma, since f_sigma is a sigmoid."""
+        xp = self.xp
+        _, beta = self._at("kernel", t)
+        shift, s = self._at("reverse", t)
+        rho = xp.exp(z[..., 1] - xp.log1p(beta * xp.expm1(z[..., 1])))
+        dshifted = dout[..., 0] * rho * (-beta / shift)
+        return xp.stack([-dshifted, (dshifted * (xt - z[..., 0]) + dout[..., 1] / s) * (1 - beta * rho)], 2).astype(dout.dtype)
 
     def ideal(self, xt, t, mean, variance):
         """The out (n, D, 2) for which p is the best diagonal Gaussian there is, from E[x_0 | x_t] and Var[x_0 | x_t], (n, D).
@@ -203,18 +312,22 @@ class Gaussian:
         """
         xp = self.xp
         from_x0, _, beta_tilde = self._at("posterior", t)
+        _, beta = self._at("kernel", t)
         signal, deviation = self.signal_and_noise(t)
-        _, _, log_beta, spread = self._at("reverse", t)
-        eps = (xt - signal * mean) / deviation
-        return xp.stack([signal * eps - deviation * mean, (xp.log(beta_tilde + from_x0 ** 2 * variance) - log_beta) / spread], 2)
+        v = (signal * xt - mean) / deviation
+        return xp.stack([v, xp.log((beta_tilde + from_x0 ** 2 * variance) / beta) / self._at("reverse", t)[1]], 2)
 
-    def step(self, f_mu, f_sigma, eps):
-        """A draw from N(f_mu, f_sigma) with noise eps; f_sigma is a variance."""
-        return f_mu + self.xp.sqrt(f_sigma) * eps
+    def step(self, mean, variance, eps):
+        """A draw from N(mean, variance) with noise eps."""
+        return mean + self.xp.sqrt(variance) * eps
 
-    def first(self, x1):
-        """The fixed first reverse step, eq. 44: p(x_0 | x_1) = N(sqrt(1 - beta_1) x_1, beta_1 I), as f_mu, f_sigma."""
-        return self.xp.sqrt(1 - self.beta[1]) * x1, self.beta[1]
+    def log_density(self, x, mean, variance):
+        """log N(x; mean, variance), (n,)."""
+        return -0.5 * ((x - mean) ** 2 / variance + self.xp.log(2 * math.pi * variance)).sum(1)
+
+    def entropy(self, mean, variance):
+        """Of N(mean, variance), (n,)."""
+        return (0.5 * self.xp.log(2 * math.pi * math.e * variance)).sum(1)
 
     def multiply(self, f_mu, f_sigma, r):
         """The normalised product of N(f_mu, f_sigma) and r, eq. 22, Table App.1: its mean and variance.
@@ -226,15 +339,148 @@ class Gaussian:
         g = f_sigma / (f_sigma + r.sigma ** 2)
         return (1 - g) * f_mu + g * r.y, (1 - g) * f_sigma
 
-    def H_q(self, t):
-        """H_q(X_t | X_0) per dimension, nats: 1/2 ln(2 pi e (1 - alpha_bar_t)). A float, for one t >= 1."""
-        return 0.5 * math.log(2 * math.pi * math.e * (1 - float(self.alpha_bar[t])))
+    def _H(self, variance, x0):
+        return self.xp.full(len(x0), x0.shape[1] * 0.5 * math.log(2 * math.pi * math.e * variance))
+
+    def H_q(self, t, x0):
+        """The entropy of q(x_t | x_0), one t >= 1, (n,): D/2 ln(2 pi e (1 - alpha_bar_t)), whatever x_0 is. The mean over data is H_q(X_t | X_0)."""
+        return self._H(1 - float(self.alpha_bar[t]), x0)
+
+    def H_step(self, t, x0):
+        """The part of x_0 in H_q(X_t | X_{t-1}), one t >= 1, (n,): D/2 ln(2 pi e beta_t)."""
+        return self._H(float(self.beta[t]), x0)
 
     def log_pi(self, x):
-        """log pi(x) (n,), pi = N(0, I). Its mean over the data is L_null, over x_T of unit variance -H_p(X_T)."""
+        """log pi(x) (n,), pi = N(0, I), mean and variance in self.pi. Its mean over x_T of unit variance is -H_p(X_T)."""
         return -0.5 * (x ** 2 + math.log(2 * math.pi)).sum(1)
 
-    H_pi = 0.5 * math.log(2 * math.pi * math.e)  # H_p(X_T) per dimension
+    log_null = log_pi  # its mean over the data is L_null
+    H_pi = H_null = 0.5 * math.log(2 * math.pi * math.e)  # H_p(X_T) and -L_null per dimension
+
+
+class Binomial:
+    """The binomial diffusion, right column of Table App.1, for data of zeros and ones: a bit is forgotten with probability beta_t and
+    drawn anew from pi = B(rate). The paper's table has rate 1/2, its experiment the data's mean.
+
+    A kernel for it gives one number per dimension, out (n, D, 1); see `reverse`. A distribution over x is (f,), the probabilities
+    of a one; the interface is that of Gaussian. mean: of the data, for L_null.
+    """
+
+    outputs = 1
+
+    def __init__(self, alpha_bar, xp=np, rate=0.5, mean=None):
+        self.xp, self.T, self.rate, self.mean = xp, len(alpha_bar) - 1, float(rate), float(rate if mean is None else mean)
+        if not (0 < self.rate < 1 and 0 < self.mean < 1):
+            raise InputError(f"the rate of the binomial pi and the mean of its data must lie between 0 and 1, not {self.rate}, {self.mean}")
+        self.alpha_bar, self.pi = xp.asarray(alpha_bar, np.float64), (self.rate,)
+        self.beta = 1 - self.alpha_bar / xp.concatenate([xp.ones(1), self.alpha_bar[:-1]])
+        self.H_pi, self.H_null = self._h(self.rate), self._h(self.mean)
+        self.config = dict(rate=self.rate, mean=self.mean)
+
+    @staticmethod
+    def _h(f):
+        """The entropy of B(f) in nats, a float."""
+        return float(entr(f) + entr(1 - f))
+
+    def _keep(self, x, a):
+        """The probability of a one where x is kept with probability a."""
+        return a * x + self.rate * (1 - a)
+
+    def noise(self, shape, rng, dtype=np.float64):
+        """The randomness of one draw, frozen: u uniform on [0, 1)."""
+        return rng.random(shape, dtype=dtype)
+
+    def kernel(self, x, t):
+        """T_pi(. | x; beta_t) = B(x (1 - beta_t) + rate beta_t), eq. 2; at t = 1 also the fixed first reverse step, eq. 44."""
+        return (self._keep(x, 1 - self.beta[t][:, None]),)
+
+    def diffuse(self, x0, t, u):
+        """x_t ~ q(x_t | x_0) = B(alpha_bar_t x_0 + rate (1 - alpha_bar_t)), from frozen noise u (n, D)."""
+        return self.step(self._keep(x0, self.alpha_bar[t][:, None]), u)
+
+    def posterior(self, x0, xt, t):
+        """q(x_{t-1} = 1 | x_t, x_0), t >= 2, bit by bit: Bayes, from q(x_{t-1} | x_0) and q(x_t | x_{t-1}). (n, D)"""
+        one, keep = self._keep(x0, self.alpha_bar[t - 1][:, None]), 1 - self.beta[t][:, None]
+        like = [self._likelihood(xt, x, keep) for x in (0, 1)]
+        one, zero = one * like[1], (1 - one) * like[0]
+        return (one / (one + zero),)
+
+    def _likelihood(self, xt, x, a):
+        """The probability of xt where x, 0 or 1, was kept with probability a."""
+        f = self._keep(x, a)
+        return xt * f + (1 - xt) * (1 - f)
+
+    def _prior(self, xt, t):
+        """The log odds of x_0 = 1 given its own x_t alone, if x_0 ~ B(rate)."""
+        a = self.alpha_bar[t][:, None]
+        return math.log(self.rate / (1 - self.rate)) + self.xp.log(self._likelihood(xt, 1, a) / self._likelihood(xt, 0, a))
+
+    def _mixed(self, xt, t, out):
+        """m = p(x_0 = 1 | x_t) and q(x_{t-1} = 1 | x_t, x_0) for x_0 = 1 and 0, of which p is the mixture."""
+        m = 1 / (1 + self.xp.exp(-(out[..., 0] + self._prior(xt, t))))
+        return m, *self.posterior(1, xt, t), *self.posterior(0, xt, t)
+
+    def reverse(self, xt, t, out):
+        """p(x_{t-1} | x_t) = B(f_b), t >= 2, (n, D):   f_b = m q(x_{t-1} = 1 | x_t, x_0 = 1) + (1 - m) q(x_{t-1} = 1 | x_t, x_0 = 0)
+
+        where m, what the kernel believes of x_0, has the log odds out + log odds of pi(x_0) q(x_t | x_0). At out = 0 this is the
+        equilibrium kernel, exact for independent bits; for the true m it is the best of all f_b.
+        """
+        m, q1, q0 = self._mixed(xt, t, out)
+        return (m * q1 + (1 - m) * q0,)
+
+    def kl(self, x0, xt, t, out):
+        """KL[ q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ], t >= 2, in nats (n,), and its derivative dout, shaped as out.
+
+        per bit, b log(b / f) + (1 - b) log((1 - b) / (1 - f)), df = (f - b) / (f (1 - f)), f - b = (m - x_0) (q1 - q0)
+        """
+        xp = self.xp
+        m, q1, q0 = self._mixed(xt, t, out)
+        b, f = x0 * q1 + (1 - x0) * q0, m * q1 + (1 - m) * q0
+        dout = (m - x0) * (q1 - q0) ** 2 * m * (1 - m) / (f * (1 - f))
+        return (b * xp.log(b / f) + (1 - b) * xp.log((1 - b) / (1 - f))).sum(1), dout[..., None].astype(out.dtype)
+
+    def ideal(self, xt, t, mean):
+        """The out (n, D, 1) of the best kernel there is, from E[x_0 | x_t] (n, D)."""
+        with np.errstate(divide="ignore"):  # certain bits have infinite log odds
+            return (self.xp.log(mean) - self.xp.log(1 - mean) - self._prior(xt, t))[..., None]
+
+    def step(self, f, u):
+        """A draw from B(f) with noise u."""
+        return (u < f).astype(np.float64)
+
+    def log_density(self, x, f):
+        """The log probability of x under B(f), (n,)."""
+        return self.xp.log(x * f + (1 - x) * (1 - f)).sum(1)
+
+    def entropy(self, f):
+        """Of B(f), (n,)."""
+        return -(f * self.xp.log(f) + (1 - f) * self.xp.log(1 - f)).sum(1)
+
+    def _H(self, x, a):
+        """The entropy of bits that are kept with probability a, from how often they are 1, x (n, D): (n,), linear in x."""
+        ones = x.sum(1)
+        return ones * self._h(self._keep(1, a)) + (x.shape[1] - ones) * self._h(self._keep(0, a))
+
+    def H_q(self, t, x0):
+        """The entropy of q(x_t | x_0), one t >= 1, (n,). Linear in x_0, so that the mean of the data serves for the data."""
+        return self._H(x0, float(self.alpha_bar[t]))
+
+    def H_step(self, t, x0):
+        """The part of x_0 in H_q(X_t | X_{t-1}), one t >= 1, (n,)."""
+        return self._H(self._keep(x0, float(self.alpha_bar[t - 1])), 1 - float(self.beta[t]))
+
+    def _log_independent(self, x, rate):
+        ones = x.sum(1)
+        return ones * math.log(rate) + (x.shape[1] - ones) * math.log(1 - rate)
+
+    def log_pi(self, x):
+        """log pi(x), (n,)."""
+        return self._log_independent(x, self.rate)
+
+    def log_null(self, x):
+        """log likelihood of independent bits with the data's mean, (n,); its mean over the data is L_null."""
+        return self._log_independent(x, self.mean)
 
 
 class Observation:
@@ -366,36 +612,48 @@ class Kernel:
     where the density of the data jumps, the softsign of (x - sqrt(alpha_bar_t) c) / s for s = 1 and 4 standard deviations of
     the noise: at each noise level the distance that matters. The readout starts at zero: the equilibrium kernel, K = L_null.
 
+    The paper's forms: with `bumps` > 0 the upper network ends in that many readouts, mixed by bump functions of t (eqs. 62, 63); with
+    time = 0 beside it they alone know t. paper: the outputs are z_mu and z_sigma of Gaussian.paper_form (eqs. 64, 65). learned: the
+    parameters of a LearnedSchedule are among the weights, since they are trained with them.
+
     Its one array theta holds all weights, W names views of it; grad and dW are the same for their gradient.
     """
 
     view = 7  # the side of the middle network's patches, in pixels of half the size
 
     def __init__(self, diffusion, shape, width=256, layers=4, maps=8, sights=0, upper=64, upper_layers=2, time=64,
-                 scales=(1, 3, 5), edges=(), patch=1, dtype="float32", seed=0, theta=None):
+                 scales=(1, 3, 5), edges=(), patch=1, bumps=0, paper=False, learned=False, dtype="float32", seed=0, theta=None):
         self.config = dict(shape=list(shape), width=width, layers=layers, maps=maps, sights=sights, upper=upper,
-                           upper_layers=upper_layers, time=time, scales=list(scales), edges=list(edges), patch=patch, dtype=dtype, seed=seed)
+                           upper_layers=upper_layers, time=time, scales=list(scales), edges=list(edges), patch=patch,
+                           bumps=bumps, paper=paper, learned=learned, dtype=dtype, seed=seed)
         self.diffusion, self.xp, self.dtype = diffusion, diffusion.xp, np.dtype(dtype)
         self.shape, self.pixels, self.channels, self.maps = tuple(shape), shape[0] * shape[1], shape[2], maps
         self.D, self.scales, self.edges, self.patch = self.pixels * self.channels, scales, edges, patch
-        self.sights = sights
+        self.sights, self.paper = sights, paper
         self.features_per_pixel = self.channels * (patch ** 2 + 2 * len(scales) + 2 * len(edges)) + maps + sights
         self.shapes = {"time.Q": (64, time), "time.q": (time,)}
+        if learned:
+            self.shapes["schedule.psi"] = (LearnedSchedule.parameters(diffusion.T),)
         if maps:
             self.shapes |= MLP.shapes("lower", self.D, width, layers, self.pixels * maps, time)
         if sights:
             self.shapes |= MLP.shapes("middle", self.channels * self.view ** 2, upper, upper_layers, sights, time)
-        self.shapes |= MLP.shapes("upper", self.features_per_pixel, upper, upper_layers, diffusion.outputs * self.channels, time)
+        self.shapes |= MLP.shapes("upper", self.features_per_pixel, upper, upper_layers, diffusion.outputs * self.channels * max(1, bumps), time)
         # A slice of images goes through the upper network while its activations are in cache; a GPU takes the whole batch
         self.slice = max(1, 6400 // self.pixels) if self.xp is np else 1 << 30
         self._buffers = {}
         phase = np.arange(diffusion.T + 1)[:, None] / diffusion.T * np.exp(np.linspace(0, 5, 32))
         self._phases = self.xp.asarray(np.concatenate([np.sin(phase), np.cos(phase)], 1).astype(self.dtype))
+        if bumps:  # eq. 63: g_j(t), Gaussians in t evenly spaced over 1..T, half their distance wide, shares of their sum
+            spacing = (diffusion.T - 1) / max(bumps - 1, 1)
+            height = np.exp(-2 * ((np.arange(diffusion.T + 1)[:, None] - 1 - spacing * np.arange(bumps)) / spacing) ** 2)
+            self._bumps = self.xp.asarray((height / height.sum(1, keepdims=True)).astype(self.dtype))
+        self.bumps = bumps
         size = sum(map(math.prod, self.shapes.values()))
         if theta is None:
             rng, theta = generator(np, "weights", seed), np.zeros(size, self.dtype)
             for name, w in self._views(theta).items():
-                if w.ndim == 2 and name != "upper.W":
+                if w.size and w.ndim == 2 and name != "upper.W":
                     w[:] = rng.standard_normal(w.shape) / math.sqrt(len(w))
             theta = self.xp.asarray(theta)
         self.theta, self.grad = theta, self.xp.zeros(size, self.dtype)
@@ -427,7 +685,7 @@ class Kernel:
         2 for dW, 2 for the gradient passed on, which the features, the phases and the image do without."""
         total = 0
         for name, w in self.W.items():
-            if w.ndim == 2:
+            if w.size and w.ndim == 2:
                 rows = n * {"upper.W": self.pixels, "middle.W": self.pixels // 4}.get(name[:name.find(".") + 2], 1)
                 passed_on = {"time.Q": 0, "lower.W1": 0, "middle.W1": 0, "upper.W1": (self.maps + self.sights) / len(w)}.get(name, 1)
                 total += rows * w.size * (4 + 2 * passed_on)
@@ -453,8 +711,9 @@ class Kernel:
         """The upper network's input for a slice, (n pixels, features); feature after feature in memory, each written as one run."""
         xp, n, (H, W, C) = self.xp, len(x), self.shape
         u = self.buffer("u", (self.features_per_pixel, n, self.pixels))
-        signal, deviation = self.diffusion.signal_and_noise(t)
-        deviation, ratio = deviation.astype(self.dtype), (signal / deviation).astype(self.dtype)
+        if self.edges:
+            signal, deviation = self.diffusion.signal_and_noise(t)
+            deviation, ratio = deviation.astype(self.dtype), (signal / deviation).astype(self.dtype)
         image = x.reshape(n, H, W, C)
         self._patches("padded", image, self.patch, u)
         i = C * self.patch ** 2
@@ -465,9 +724,8 @@ class Kernel:
                 xp.cos(u[i], out=u[i + 1])
                 xp.sin(u[i], out=u[i])
                 i += 2
-            scaled = value / deviation
             for edge in self.edges:
-                distance = scaled - edge * ratio
+                distance = value / deviation - edge * ratio
                 size = xp.abs(distance)
                 for s in (1, 4):
                     xp.divide(distance, size + s, out=u[i])
@@ -482,18 +740,65 @@ class Kernel:
             u[i + self.maps:].reshape(self.sights, n, H // 2, 2, W // 2, 2)[...] = y
         return u.reshape(self.features_per_pixel, -1).T
 
+    def _dpatches(self, du, size):
+        """dx (n, H, W, C) from du as _patches fills u: what went out from a pixel comes back to it."""
+        n, (H, W) = du.shape[1], (self.shape[:2] if du.shape[2] == self.pixels else (self.shape[0] // 2, self.shape[1] // 2))
+        margin = size // 2
+        padded = self.xp.zeros((n, H + 2 * margin, W + 2 * margin, self.channels), self.dtype)
+        for i in range(self.channels * size ** 2):
+            c, dy, dx = i // size ** 2, i // size % size, i % size
+            padded[:, dy:dy + H, dx:dx + W, c] += du[i].reshape(n, H, W)
+        return padded[:, margin:margin + H, margin:margin + W]
+
+    def _dfeatures(self, x, t, du):
+        """dx (n, D) and dphi (n,), of the angle phi_t, from du (features, n, pixels), all that does not go through maps and sights.
+
+        u = sin(a x)                                     du = a cos(a x), and the cosine stands beside it; likewise the cosine
+        u = z / (s + |z|)                                du = (1 - |u|)^2 / s
+        z = (x - cos phi edge) / sin phi                 dz = 1 / sin phi in x, (edge - cos phi x) / sin^2 phi in phi
+        """
+        xp, n, C = self.xp, len(x), self.channels
+        u = self.buffer("u", du.shape)
+        if self.edges:
+            signal, deviation = (a.astype(self.dtype) for a in self.diffusion.signal_and_noise(t))
+        dx, dphi, i = self._dpatches(du, self.patch).reshape(n, self.D).copy(), xp.zeros(n, self.dtype), C * self.patch ** 2
+        for c in range(C):
+            for k in self.scales:
+                dx[:, c::C] += 2.0 ** k * math.pi * (u[i + 1] * du[i] - u[i] * du[i + 1])
+                i += 2
+            for edge in self.edges:
+                for s in (1, 4):
+                    dz = (1 - xp.abs(u[i])) ** 2 * du[i] / s
+                    dx[:, c::C] += dz / deviation
+                    dphi += (dz * (edge - signal * x[:, c::C])).sum(1) / deviation[:, 0] ** 2
+                    i += 1
+        return dx, dphi
+
+    def _readout(self, x, t, y):
+        """out (n, D, outputs) from the upper network's y (n pixels, ...): sum over bumps y_j g_j(t) (eq. 62), then the paper's form."""
+        z = y.reshape(len(x), self.D, self.diffusion.outputs, -1)
+        z = (z * self._bumps[t][:, None, None]).sum(3) if self.bumps else z[..., 0]
+        self._z = z
+        return self.diffusion.paper_form(x, t, z) if self.paper else z
+
+    def _dreadout(self, x, t, dout):
+        """dy from dout."""
+        dz = self.diffusion.dpaper_form(x, t, self._z, dout) if self.paper else dout
+        return dz[..., None] * self._bumps[t][:, None, None] if self.bumps else dz
+
     def forward(self, x, t):
-        """out (n, D, 2) for x (n, D) of the network's dtype and t (n,)."""
+        """out (n, D, outputs) for x (n, D) of the network's dtype and t (n,)."""
         _, e = self._time(t)
         out = self.xp.empty((len(x), self.D, self.diffusion.outputs), self.dtype)
         maps = self.lower.forward(x, e) if self.maps else x
         for i in range(0, len(x), self.slice):
             s = slice(i, min(i + self.slice, len(x)))
-            out[s] = self.upper.forward(self._features(x[s], t[s], e[s], maps[s]), e[s]).reshape(out[s].shape)
+            out[s] = self._readout(x[s], t[s], self.upper.forward(self._features(x[s], t[s], e[s], maps[s]), e[s]))
         return out
 
-    def gradient(self, x, t, loss):
-        """Forward and backward: dtheta in self.grad, where loss(s, out) returns dout for the examples in slice s.
+    def gradient(self, x, t, loss, inputs=False):
+        """Forward and backward: dtheta in self.grad, where loss(s, out) returns dout for the examples in slice s. Returns, if
+        `inputs` are asked for, dx (n, D) and dphi (n,), the angle's own way into the features; costs about a tenth more.
 
         Slice by slice through the upper network, so loss and backward meet its activations while they are in cache; the
         lower network, whose cost is in reading its weights, goes over all examples at once.
@@ -505,30 +810,43 @@ class Kernel:
         de = xp.empty_like(e)
         maps = self.lower.forward(x, e) if self.maps else x
         H, W, C = self.shape
-        inputs = self.maps + self.sights
-        columns = slice(self.features_per_pixel - inputs, None) if inputs else None
+        own = self.features_per_pixel - self.maps - self.sights
+        columns = slice(0 if inputs else own, None) if inputs or self.maps or self.sights else None
+        if inputs:
+            dx, dphi = xp.empty_like(x), xp.empty(n, self.dtype)
         for i in range(0, n, self.slice):
             s = slice(i, min(i + self.slice, n))
-            out = self.upper.forward(self._features(x[s], t[s], e[s], maps[s]), e[s])
-            dout = loss(s, out.reshape(-1, self.D, self.diffusion.outputs)).reshape(out.shape)
-            de[s], du = self.upper.backward(dout, add=i > 0, columns=columns)
+            y = self.upper.forward(self._features(x[s], t[s], e[s], maps[s]), e[s])
+            dout = loss(s, self._readout(x[s], t[s], y))
+            de[s], du = self.upper.backward(self._dreadout(x[s], t[s], dout).reshape(y.shape), add=i > 0, columns=columns)
+            if inputs:
+                dx[s], dphi[s] = self._dfeatures(x[s], t[s], du.reshape(len(du), len(dout), -1))
+                du = du[own:]
             if self.maps:  # what was maps is now dmaps
                 dmaps = du[:self.maps].reshape(self.maps, -1, self.pixels)
                 maps[s] = dmaps.transpose(1, 0, 2).reshape(-1, self.maps * self.pixels)
             if self.sights:  # each was shown to 2 x 2 pixels
                 dsights = du[self.maps:].reshape(self.sights, -1, H // 2, 2, W // 2, 2).sum((3, 5))
-                de[s] += self.middle.backward(dsights.reshape(self.sights, -1).T, add=i > 0)[0]
+                de_s, dv = self.middle.backward(dsights.reshape(self.sights, -1).T, add=i > 0, columns=slice(None) if inputs else None)
+                de[s] += de_s
+                if inputs:  # half = sums of 2 x 2 pixels / 2
+                    dhalf = self._dpatches(dv.reshape(len(dv), len(dout), -1), self.view)[:, :, None, :, None] / 2
+                    dx[s] += xp.broadcast_to(dhalf, (len(dout), H // 2, 2, W // 2, 2, C)).reshape(-1, self.D)
         if self.maps:
-            de += self.lower.backward(maps, add=False)[0]
+            de_lower, dimage = self.lower.backward(maps, add=False, columns=slice(None) if inputs else None)
+            de += de_lower
+            if inputs:
+                dx += dimage.T
         dz = de * (1 - e * e)
         xp.matmul(phases.T, dz, out=self.dW["time.Q"])
         xp.matmul(self.ones(n), dz, out=self.dW["time.q"])
+        return (dx, dphi) if inputs else None
 
 
 class IdealKernel:
-    """The best kernel there is for data whose moments E[x_0 | x_t] and Var[x_0 | x_t] are known: its K is K*, the limit for every network.
+    """The best kernel there is for data whose moments given x_t are known: its K is K*, the limit for every network.
 
-    moments(x, alpha_bar) gives both for x (n, D) at one noise level."""
+    moments(x, alpha_bar) gives E[x_0 | x_t] and, for a Gaussian diffusion, Var[x_0 | x_t], for x (n, D) at one noise level."""
 
     dtype = np.dtype("float64")
 
@@ -539,7 +857,7 @@ class IdealKernel:
         return self
 
     def forward(self, x, t):
-        out = np.empty((*x.shape, 2))
+        out = np.empty((*x.shape, self.diffusion.outputs))
         for level in np.unique(t):
             rows = t == level
             out[rows] = self.diffusion.ideal(x[rows], t[rows], *self.moments(x[rows], float(self.diffusion.alpha_bar[level])))
@@ -639,6 +957,10 @@ class DPM:
         self.threads = (threads or CORES) if self.xp is np else 1
         self.kernels = [kernel] + [kernel.replica() for _ in range(self.threads - 1)]
         self.pool = ThreadPoolExecutor(self.threads)
+        self.learned = None
+        if "schedule.psi" in getattr(kernel, "W", ()):
+            self.learned = LearnedSchedule(self.T, 1 - float(diffusion.alpha_bar[1]), self.xp)
+            diffusion.set(self.learned.forward(kernel.W["schedule.psi"]))
 
     def _deal(self, work, n):
         """work(kernel, rows, thread) in every thread for its share of n examples."""
@@ -666,55 +988,120 @@ class DPM:
             K = - sum_{t=2..T} E_q KL[ q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ] + H_q(X_T|X_0) - H_q(X_1|X_0) - H_p(X_T)
 
         steps   how many of the T - 1 KLs to draw for each example, spread over all t and all examples; None computes every one.
-        Returns a dict: K, K_se (standard error of the mean over examples), L_null = mean log pi(x_0), K_minus_L_null and its
+        Returns a dict: K, K_se (standard error of the mean over examples), L_null = mean log null(x_0), K_minus_L_null and its
         _se, kl (T + 1,), entry t the part of step t (0 for t < 2), H_q_T, H_q_1, H_p_T, the entropies of all D dimensions,
-        and K_each (n,). K is exactly -kl.sum() + H_q_T - H_q_1 - H_p_T.
+        K_each (n,), and H_p (T + 1,), the mean entropy of p(x_{t-1} | x_t). K is exactly -kl.sum() + H_q_T - H_q_1 - H_p_T.
         """
         xp, q, (n, D), T = self.xp, self.diffusion, x0.shape, self.T
         steps = min(steps or T - 1, T - 1)
         t = stratified(n * steps, T, rng.random()).reshape(steps, n)   # steps = T - 1: row j is t = 2 + j for every example,
         t = rng.permuted(t, axis=1)                                    # else no example may be tied to one part of each row
-        kl, each = np.zeros(T + 1), np.zeros(n)
+        kl, H_p, each, count = np.zeros(T + 1), np.zeros(T + 1), np.zeros(n), np.bincount(t.ravel(), minlength=T + 1)
         for i in progress(range(0, n, batch)):
             x = xp.asarray(x0[i:i + batch])
             for row in t[:, i:i + batch]:
                 t_row = xp.asarray(row)
                 xt = q.diffuse(x, t_row, xp.asarray(q.noise(x.shape, rng)))
-                part = to_host(q.kl(x, xt, t_row, self.forward(xt, t_row))[0]) * ((T - 1) / steps)
+                out = self.forward(xt, t_row)
+                part = to_host(q.kl(x, xt, t_row, out)[0]) * ((T - 1) / steps)
                 each[i:i + batch] += part
                 kl += np.bincount(row, part, T + 1) / n
-        H_q_T, H_q_1, H_p_T = D * q.H_q(T), D * q.H_q(1), D * q.H_pi
-        each = -each + H_q_T - H_q_1 - H_p_T
-        null = to_host(q.log_pi(xp.asarray(x0)))
+                H_p += np.bincount(row, to_host(q.entropy(*q.reverse(xt, t_row, out))), T + 1)
+        x0 = xp.asarray(x0)
+        H_q_T, H_q_1, null = to_host(q.H_q(T, x0)), to_host(q.H_q(1, x0)), to_host(q.log_null(x0))
+        each = -each + H_q_T - H_q_1 - D * q.H_pi
+        H_q_T, H_q_1, H_p_T = float(H_q_T.mean()), float(H_q_1.mean()), D * q.H_pi
 
         def se(values):
             return float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
 
         return dict(K=float(-kl.sum() + H_q_T - H_q_1 - H_p_T), K_se=se(each), L_null=float(null.mean()),
                     K_minus_L_null=float(each.mean() - null.mean()), K_minus_L_null_se=se(each - null),
-                    kl=kl, H_q_T=H_q_T, H_q_1=H_q_1, H_p_T=H_p_T, K_each=each)
+                    kl=kl, H_q_T=H_q_T, H_q_1=H_q_1, H_p_T=H_p_T, K_each=each, H_p=H_p / np.maximum(count, 1))
+
+    def entropy_bounds(self, x0):
+        """The bounds of eq. 24 (appendix A) on the entropy of every reverse step, for data x0 (n, D): lower and upper (T + 1,), nats,
+        entries 0 and 1 nan.
+
+            H_q(X_t|X_{t-1}) + H_q(X_{t-1}|X_0) - H_q(X_t|X_0)  <=  H_q(X_{t-1}|X_t)  <=  H_q(X_t|X_{t-1})
+
+        The lower one is tight where x_t tells all that x_0 has to tell of x_{t-1}, as for one point; the upper where H_q(X_t) no
+        longer grows, as for data that is pi already. The upper one needs data whose mean log pi does not change as it diffuses:
+        unit variance, or bits whose mean is the rate (any bits, for rate 1/2).
+        """
+        q, mean = self.diffusion, self.xp.asarray(x0).mean(0, keepdims=True)  # every entropy is linear in x_0
+        H_q = np.array([math.nan] + [float(q.H_q(t, mean)[0]) for t in range(1, self.T + 1)])
+        upper = np.array([math.nan] * 2 + [float(q.H_step(t, mean)[0]) for t in range(2, self.T + 1)])
+        return upper - np.diff(H_q, prepend=math.nan), upper
+
+    def log_weights(self, x0, trajectories, rng, batch=8192):
+        """log w (n, trajectories), nats, of forward trajectories of each x0 (n, D) under the model (eqs. 6-9), annealed importance
+        sampling by the diffusion, Jarzynski's average of the work:
+
+            w = p(x_T) prod_{t=1..T} p(x_{t-1} | x_t) / q(x_t | x_{t-1})        E_q w = p(x_0)        E_q log w = K
+
+        where K is that of data whose mean log pi(x_T) is -H_p(X_T). Follows `batch` trajectories at a time, step by step, and keeps none.
+        """
+        xp, q = self.xp, self.diffusion
+        starts = np.repeat(np.arange(len(x0)), trajectories)
+        log_w = np.empty(len(starts))
+        for i in range(0, len(starts), batch):
+            x = xp.asarray(x0[starts[i:i + batch]])
+            total = xp.zeros(len(x))
+            for t in range(1, self.T + 1):
+                t_x = xp.full(len(x), t)
+                forward = q.kernel(x, t_x)
+                xt = q.step(*forward, xp.asarray(q.noise(x.shape, rng)))
+                p = q.kernel(xt, t_x) if t == 1 else q.reverse(xt, t_x, self.forward(xt, t_x))
+                total += q.log_density(x, *p) - q.log_density(xt, *forward)
+                x = xt
+            log_w[i:i + batch] = to_host(total + q.log_pi(x))
+        return log_w.reshape(len(x0), trajectories)
+
+    def log_likelihood(self, x0, trajectories, rng):
+        """The estimate of log p(x_0), nats (n,): log mean w over the trajectories of each x0. In the mean it is below log p(x_0), K for
+        one trajectory, and rises to it with their number."""
+        return logsumexp(self.log_weights(x0, trajectories, rng), axis=1) - math.log(trajectories)
 
     def gradient(self, x0, *key):
         """The gradient of -K / D in all weights, estimated from x0 (n, D) with one t for each example, stratified over 2..T.
 
         Leaves it in kernel.grad of self.kernels, to be added up (Adam.update does), and returns t (n,) and (T - 1) KL_t (n,) in
         nats, whose mean estimates the sum of the KLs. `key`: the integers that seed its draws, such as seed and step.
+
+        A learned schedule ascends K with frozen noise: with eps held, K depends on it through x_t (and so needs the network's
+        input gradient), through the network's own use of it, through q(x_{t-1} | x_t, x_0) and p, and through H_q(X_T|X_0):
+
+            dx_t / dphi_t = v*      dv* / dphi_t = -x_t      dKL / dv* = -dv      dH_q(X_T|X_0) / dlogsnr_T = D/2 alpha_bar_T
         """
         xp, q, (n, D) = self.xp, self.diffusion, x0.shape
+        if self.learned:
+            q.set(self.learned.forward(self.kernel.W["schedule.psi"]))
         t = xp.asarray(stratified(n, self.T, generator(np, "times", *key).random()))
-        parts = xp.empty(n)
+        parts, weight = xp.empty(n), (self.T - 1) / (n * D)
 
         def work(kernel, rows, thread):
             x, t_x = x0[rows], t[rows]
             xt = q.diffuse(x, t_x, q.noise(x.shape, generator(xp, "noise", *key, thread), kernel.dtype))
-            kl = xp.empty(len(x))
+            kl, dphi, ds = xp.empty(len(x)), xp.empty(len(x)), xp.empty(len(x))
 
             def loss(s, out):
                 kl[s], dout = q.kl(x[s], xt[s], t_x[s], out)
-                dout *= (self.T - 1) / (n * D)
+                dout *= weight
+                if self.learned:
+                    ds[s] = weight * q.ds(x[s], xt[s], t_x[s], out)
+                    dphi[s] = (dout[..., 0] * xt[s]).sum(1)
                 return dout
 
-            kernel.gradient(xt.astype(kernel.dtype), t_x, loss)
+            inputs = kernel.gradient(xt.astype(kernel.dtype), t_x, loss, inputs=self.learned is not None)
+            if self.learned:
+                dx, dphi_features = inputs
+                signal, deviation = q.signal_and_noise(t_x)
+                dphi += dphi_features + (dx * (signal * xt - x) / deviation).sum(1)
+                dlogsnr = q.dlogsnr(t_x, dphi, ds)
+                if thread == 0:
+                    dlogsnr[-1] -= 0.5 * q.alpha_bar[-1]
+                kernel.dW["schedule.psi"][...] = self.learned.backward(dlogsnr)
             parts[rows] = kl
 
         self._deal(work, n)
@@ -740,22 +1127,18 @@ class DPM:
             rngs = [generator(np, "sample", seed, k) for k in range(start, min(start + batch, number))]
             r_part = r and r.rows(slice(start, start + batch))
 
-            def draw(f_mu, f_sigma):
+            def draw(*p):
                 if r_part is not None:
-                    f_mu, f_sigma = q.multiply(f_mu, f_sigma, r_part)
-                return q.step(f_mu, f_sigma, xp.asarray(np.stack([q.noise(D, rng) for rng in rngs])))
+                    p = q.multiply(*p, r_part)
+                return q.step(*p, xp.asarray(np.stack([q.noise(D, rng) for rng in rngs])))
 
-            x = draw(xp.zeros((len(rngs), D)), xp.ones((len(rngs), D)))
+            x = draw(*(xp.full((len(rngs), D), parameter) for parameter in q.pi))
             for t in range(self.T, 0, -1):
                 if t in kept:
                     kept[t].append(x)
                 next(steps)
-                if t > 1:
-                    t_x = xp.full(len(x), t)
-                    f_mu, log_f_sigma = q.reverse(x, t_x, self.forward(x, t_x))
-                    x = draw(f_mu, xp.exp(log_f_sigma))
-                else:
-                    x = draw(*q.first(x))
+                t_x = xp.full(len(x), t)
+                x = draw(*(q.reverse(x, t_x, self.forward(x, t_x)) if t > 1 else q.kernel(x, t_x)))
             parts.append(x)
         next(steps, None)  # lets a progress bar close
         samples = xp.concatenate(parts)
@@ -763,7 +1146,7 @@ class DPM:
 
     def save(self, path, adam=None, half=False):
         """The model, and the state of its training if adam is given, as an .npz without pickles; half: weights in half precision, to be shipped."""
-        config = dict(diffusion=type(self.diffusion).__name__, kernel=self.kernel.config, threads=self.threads, **self.about)
+        config = dict(diffusion=dict(kind=type(self.diffusion).__name__, **self.diffusion.config), kernel=self.kernel.config, threads=self.threads, **self.about)
         content = dict(format=FORMAT, config=json.dumps(config), alpha_bar=to_host(self.diffusion.alpha_bar), shift=self.shift, scale=self.scale)
         theta = to_host(self.kernel.theta)
         if adam:
@@ -801,7 +1184,8 @@ class DPM:
                 raise InputError(f"{path}: holds a finished model without the state of its training; it cannot be resumed")
             config = json.loads(str(content["config"]))
             trained_threads, kernel_config = config.pop("threads"), config.pop("kernel")
-            diffusion = {"Gaussian": Gaussian}[config.pop("diffusion")](content["alpha_bar"], xp)
+            diffusion_config = config.pop("diffusion")
+            diffusion = {"Gaussian": Gaussian, "Binomial": Binomial}[diffusion_config.pop("kind")](content["alpha_bar"], xp, **diffusion_config)
             kernel = Kernel(diffusion, **kernel_config, theta=xp.asarray(content[weights].astype(kernel_config["dtype"])))
         except FileNotFoundError:
             raise InputError(f"{path}: no such checkpoint") from None

@@ -1,17 +1,21 @@
 """Train a diffusion model and evaluate it: data -> model -> checkpoint, log, numbers and figures in runs/<dataset>.
 
     python train.py                                  # swiss roll, about a minute
+    python train.py --schedule learned               # the same, and beta_t is learned with it
+    python train.py --dataset heartbeat              # bits: the binomial diffusion
     python train.py --dataset mnist                  # 20 minutes on two cores
     python train.py --dataset mnist --gpu
     python train.py --dataset my_images.npy
     python train.py --resume runs/mnist              # go on where it was stopped, bit for bit
     python train.py --evaluate runs/mnist            # every number and figure of a trained model, anew
+    python train.py --evaluate runs/a runs/b         # two or more: also how their K depend on T and on the schedule
     python train.py --benchmark                      # images/s and how near that is to the machine's limit
 """
 import dpm  # first: it keeps BLAS to one thread, before numpy starts it
 
 import argparse
 import csv
+import functools
 import json
 import math
 import pathlib
@@ -25,6 +29,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy.special import logsumexp
 from tqdm import tqdm
 
 import data
@@ -34,28 +39,36 @@ SAVE_EVERY = 30  # seconds between checkpoints
 QUARTERS = [f"K_quarter_{i}_bits" for i in (1, 2, 3, 4)]
 COLUMNS = ["step", "seconds", "K_minus_L_null_bits", *QUARTERS]
 
-# What is right for vectors (H W = 1) and for images, where no flag says otherwise
-DEFAULTS = {"vector": dict(steps=9500, batch_size=1024, lr=4e-3, timesteps=40),
-            "image": dict(steps=11000, batch_size=128, lr=6e-3, timesteps=1000)}
+# What is right for vectors (H W = 1), for images, and for bits, where no flag says otherwise
+DEFAULTS = {"vector": dict(steps=9500, batch_size=1024, lr=4e-3, timesteps=40, schedule="logsnr"),
+            "image": dict(steps=11000, batch_size=128, lr=6e-3, timesteps=1000, schedule="logsnr")}
+BITS = {"vector": dict(steps=6000, batch_size=512, lr=4e-3, timesteps=2000, schedule="cosine"),
+        "image": dict(steps=6000, batch_size=128, lr=4e-3, timesteps=1000, schedule="cosine")}
 KERNELS = {"vector": dict(maps=0, upper=128, upper_layers=3, scales=(0, 1, 2, 3, 4, 5)),
            "image": dict(width=256, layers=4, maps=4, sights=8, upper=64, upper_layers=2, scales=(1, 3, 5), patch=3)}
 
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", metavar="NAME|PATH", help="swissroll, mnist, or the path of an .npy, .npz or IDX file or folder (default: swissroll)")
+    p.add_argument("--dataset", metavar="NAME|PATH", help="swissroll, heartbeat, mnist, or the path of an .npy, .npz or IDX file or folder (default: swissroll)")
     p.add_argument("--gpu", action=argparse.BooleanOptionalAction, help="compute with CuPy on a GPU, or not (default: if there is one)")
     p.add_argument("--out", metavar="DIR", help="the run's directory (default: runs/<dataset>, with -2, -3, ... where taken)")
     p.add_argument("--resume", metavar="DIR", nargs="?", const="", help="go on with the run in DIR (default: --out, else runs/<dataset>)")
-    p.add_argument("--evaluate", metavar="DIR", help="only evaluate the run in DIR, or a checkpoint file (then into runs/<its name>)")
+    p.add_argument("--evaluate", metavar="DIR", nargs="+", help="only evaluate the run in DIR, or a checkpoint file (then into runs/<its name>); "
+                   "of several runs, also compare their K in runs/comparison.png")
+    p.add_argument("--parzen", action="store_true", help="with --evaluate, for images of bytes: the Parzen estimate of the paper's Table 2, from 10,000 samples")
     p.add_argument("--benchmark", action="store_true", help="only measure the speed of training and sampling (default data set here: mnist)")
-    g = p.add_argument_group("training (defaults: vectors | images)")
+    g = p.add_argument_group("training (defaults: vectors | images; binary vectors: "
+                             + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in BITS["vector"].items()) + ")")
     v, i = DEFAULTS["vector"], DEFAULTS["image"]
     g.add_argument("--steps", type=int, help=f"gradient steps ({v['steps']} | {i['steps']})")
     g.add_argument("--batch-size", type=int, help=f"examples in a step ({v['batch_size']} | {i['batch_size']})")
     g.add_argument("--lr", type=float, help=f"peak learning rate of Adam ({v['lr']} | {i['lr']})")
     g.add_argument("--timesteps", type=int, metavar="T", help=f"steps of the diffusion ({v['timesteps']} | {i['timesteps']})")
-    g.add_argument("--schedule", choices=["logsnr", "paper", "linear"], help="beta_t, see dpm.schedule (logsnr)")
+    g.add_argument("--schedule", choices=["logsnr", "paper", "linear", "cosine", "learned"], help="beta_t, see dpm.schedule and dpm.LearnedSchedule (logsnr)")
+    g.add_argument("--rate", type=float, help="of ones in pi, for binary data (the data's mean)")
+    g.add_argument("--form", choices=["correction", "paper"], help="the form of f_mu and f_sigma, and how the network hears t: a correction "
+                   "to the equilibrium kernel, or eqs. 62-65 (correction)")
     g.add_argument("--seed", type=int, help="of weights, batches and noise (0)")
     g.add_argument("--dtype", choices=["float32", "float64"], help="of the network (float32)")
     return p.parse_args()
@@ -64,21 +77,36 @@ def arguments():
 def settings(args, dataset):
     """The run's settings: what the flags say, and the defaults for this kind of data."""
     kind = "vector" if dataset.shape[:2] == (1, 1) else "image"
-    chosen = dict(DEFAULTS[kind], schedule="logsnr", seed=0, dtype="float32")
+    chosen = dict((BITS if dataset.binary else DEFAULTS)[kind], seed=0, dtype="float32", form="correction", rate=None)
     chosen |= {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}
     check_positive(chosen)
     if chosen["timesteps"] < 2 or chosen["seed"] < 0:
         raise dpm.InputError("--timesteps must be 2 or more" if chosen["timesteps"] < 2 else "--seed must not be negative")
-    options = KERNELS[kind]
+    if dataset.binary and (chosen["schedule"] == "learned" or chosen["form"] == "paper"):
+        raise dpm.InputError(f"--schedule learned and --form paper are for continuous data; {dataset.name} is binary")
+    if chosen["schedule"] == "learned" and chosen["form"] == "paper":
+        raise dpm.InputError("--schedule learned needs --form correction")
+    if chosen["rate"] is not None and not dataset.binary:
+        raise dpm.InputError(f"--rate is for binary data; {dataset.name} is not")
+    options = dict(KERNELS[kind], learned=chosen["schedule"] == "learned")
     if kind == "image" and (dataset.shape[0] % 2 or dataset.shape[1] % 2):
-        options = options | dict(sights=0)  # the middle network wants an image that can be halved
+        options |= dict(sights=0)  # the middle network wants an image that can be halved
+    if dataset.binary:
+        options |= dict(scales=())
+    if chosen["form"] == "paper":
+        options |= dict(paper=True, bumps=10, time=0)
     return dict(dataset=dataset.name, **chosen), options
 
 
 def new_model(dataset, chosen, kernel_options, xp):
-    """beta_1 is the variance of the smallest detail there is to model: a hundredth of a grey level for bytes, else 0.004."""
-    detail = 0.01 / dataset.scale if dataset.bytes else 0.004
-    q = dpm.Gaussian(dpm.schedule(chosen["schedule"], chosen["timesteps"], detail ** 2), xp)
+    """beta_1 is the variance of the smallest detail there is to model; a bit that has none is flipped once in 1e5, or as often as
+    the paper's schedule says for t = 1."""
+    T, kind = chosen["timesteps"], chosen["schedule"]
+    if dataset.binary:
+        alpha_bar = dpm.schedule(kind, T, 1 / T if kind == "paper" else 1e-5)
+        q = dpm.Binomial(alpha_bar, xp, dataset.mean if chosen["rate"] is None else chosen["rate"], dataset.mean)
+    else:
+        q = dpm.Gaussian(dpm.schedule("logsnr" if kind == "learned" else kind, T, dataset.detail ** 2), xp)
     kernel = dpm.Kernel(q, dataset.shape, **kernel_options, edges=dataset.edges, dtype=chosen["dtype"], seed=chosen["seed"])
     return dpm.DPM(q, kernel, dataset.shift, dataset.scale, chosen)
 
@@ -98,7 +126,7 @@ def train(model, adam, dataset, out, seconds=0.0):
     xp, chosen, T, D = model.xp, model.about, model.T, model.kernel.D
     number, steps, seed, dtype = chosen["batch_size"], chosen["steps"], chosen["seed"], model.kernel.dtype
     log_every = max(1, steps // 200)
-    H_q_T, H_q_1 = model.diffusion.H_q(T), model.diffusion.H_q(1)
+    q, mean = model.diffusion, xp.full((1, D), model.diffusion.mean)
     checkpoint, stopped = out / "checkpoint.npz", []
     begun, saved_at, saved_step, recent = time.perf_counter() - seconds, -math.inf, adam.step, []
 
@@ -131,15 +159,15 @@ def train(model, adam, dataset, out, seconds=0.0):
                 check(norm)
             if line_is_due:
                 t, kl = (dpm.to_host(xp.concatenate(parts)) for parts in zip(*recent))
-                # with data of unit variance L_null = -H_p(X_T), so K - L_null is the KLs against the entropies
-                climbed = D * (H_q_T - H_q_1) - kl.mean()
+                # L_null = -D H_null for the training data, so K - L_null is the KLs against the entropies
+                climbed = float(q.H_q(T, mean)[0] - q.H_q(1, mean)[0]) + D * (q.H_null - q.H_pi) - kl.mean()
                 quarter = np.minimum((t - 2) * 4 // (T - 1), 3)
                 log.writerow([adam.step, f"{time.perf_counter() - begun:.1f}", f"{climbed / LN2:.5g}",
                               *(f"{-np.sum(kl[quarter == i]) / len(kl) / LN2:.5g}" for i in range(4))])
                 file.flush()
                 shown = f"K - L_null {climbed / LN2:.4g} bits"
                 if dataset.bytes:
-                    shown += f", {math.log2(model.scale) + (model.diffusion.H_pi - climbed / D) / LN2:.3f} bits/dim"
+                    shown += f", {math.log2(model.scale) + (q.H_null - climbed / D) / LN2:.3f} bits/dim"
                 bar.set_postfix_str(shown)
                 recent = []
                 if time.perf_counter() - saved_at > SAVE_EVERY:
@@ -152,80 +180,158 @@ def train(model, adam, dataset, out, seconds=0.0):
         sys.exit(130)
 
 
-def evaluate(path, gpu):
-    """Every number and figure of a trained model: result.json and pictures beside its checkpoint, a table on the terminal."""
+def evaluate(path, gpu, parzen=False):
+    """Every number and figure of a trained model: result.json and pictures beside its checkpoint, a page on the terminal."""
     checkpoint = checkpoint_in(path)
     model = dpm.DPM.load(checkpoint, dpm.backend(gpu))
     dataset = load_for(model)
+    if parzen and not dataset.bytes:
+        raise dpm.InputError(f"--parzen is for images of bytes; {dataset.name} is not")
     print(f"evaluating {checkpoint} on {device_name(model.xp)}", flush=True)
-    T, D, image, about = model.T, model.kernel.D, model.kernel.pixels > 1, model.about
+    q, T, D, image, about, truth = model.diffusion, model.T, model.kernel.D, model.kernel.pixels > 1, model.about, dataset.truth
     # Enough for a standard error of about 0.005 bits/dim; every t is used for as many examples as every other
-    x0 = dataset.held_out(10_000 if image else 4_000)
+    x0 = dataset.held_out(10_000 if image else 16_000)
     steps = min(T - 1, 10 if image else 40)
     started = time.perf_counter()
 
-    def bound(of):
+    def bound(of, x0):
         return of.bound(x0, dpm.generator(np, "bound"), steps, progress=lambda blocks: tqdm(blocks, desc="bound", leave=False))
 
-    found = bound(model)
+    def mean_and_se(name, values):
+        return {f"{name}_bits": float(values.mean()) / LN2, f"{name}_bits_se": float(values.std()) / math.sqrt(len(values)) / LN2}
+
+    found = bound(model, x0)
+    lower, upper = model.entropy_bounds(x0)
     result = dict(dataset=dataset.name, examples=len(x0), timesteps=T, steps=about["trained_steps"],
                   seconds=about["seconds"], device=about["device"], dimension=D, shift=model.shift, scale=model.scale,
-                  schedule=about["schedule"], K_bits=found["K"] / LN2, K_bits_se=found["K_se"] / LN2,
+                  schedule=about["schedule"], form=about["form"], K_bits=found["K"] / LN2, K_bits_se=found["K_se"] / LN2,
                   L_null_bits=found["L_null"] / LN2, K_minus_L_null_bits=found["K_minus_L_null"] / LN2,
                   K_minus_L_null_bits_se=found["K_minus_L_null_se"] / LN2, kl_bits=(found["kl"] / LN2).tolist(),
-                  **{f"{name}_bits": found[name] / LN2 for name in ("H_q_T", "H_q_1", "H_p_T")})
+                  **{f"{name}_bits": found[name] / LN2 for name in ("H_q_T", "H_q_1", "H_p_T")},
+                  **{f"entropy_{name}_bits": float(H[2:].sum()) / LN2 for name, H in (("lower", lower), ("model", found["H_p"]), ("upper", upper))})
     if dataset.bytes:
         result["bits_per_dim"] = -result["K_bits"] / D + math.log2(model.scale)
         result["bits_per_dim_se"] = result["K_bits_se"] / D
-    if dataset.truth:
-        q = dpm.Gaussian(dpm.to_host(model.diffusion.alpha_bar))
-        best = bound(dpm.DPM(q, dpm.IdealKernel(q, dataset.truth.moments)))
-        truth = dataset.truth.log_density(x0)
-        gap = best["K_each"] - found["K_each"]
-        result |= dict(K_star_bits=best["K"] / LN2, K_star_bits_se=best["K_se"] / LN2, K_star_minus_K_bits=gap.mean() / LN2,
-                       K_star_minus_K_bits_se=gap.std() / math.sqrt(len(gap)) / LN2,
-                       L_true_bits=truth.mean() / LN2, L_true_bits_se=truth.std() / math.sqrt(len(truth)) / LN2)
+    if truth:
+        if dataset.binary:
+            moments, some = functools.partial(truth.moments, rate=q.rate), len(x0)
+        else:
+            moments, some = truth.moments, max(500, 4000 * 2000 // len(truth.centres))  # a sum over the centres for each row
+        on_host = type(q)(dpm.to_host(q.alpha_bar), **q.config)
+        ideal = dpm.DPM(on_host, dpm.IdealKernel(on_host, moments))
+        best, ours = bound(ideal, x0[:some]), bound(model, x0[:some])  # with the same noise: points and noise cancel in the difference
+        L = truth.log_density(x0)
+        result |= mean_and_se("K_star_minus_K", best["K_each"] - ours["K_each"]) | mean_and_se("L_true", L)
+        result |= dict(K_star_bits=result["K_bits"] + result["K_star_minus_K_bits"], K_star_bits_se=result["K_bits_se"])
+        log_w = model.log_weights(x0[:max(5, min(200, 8000 // T))], 1000, dpm.generator(np, "estimates"))
+        L = L[:len(log_w)]
+        result |= dict(estimate_examples=len(log_w), estimate_L_bits=float(L.mean()) / LN2)
+        for S in (1, 10, 100, 1000):
+            groups = log_w.reshape(len(log_w), -1, S)
+            each = (logsumexp(groups, axis=2) - math.log(S)).mean(1)
+            result |= mean_and_se(f"estimate_{S}", each) | mean_and_se(f"L_minus_estimate_{S}", L - each)
+    if parzen:
+        result |= parzen_estimate(model, dataset)
     out = checkpoint.parent if checkpoint.name == "checkpoint.npz" else pathlib.Path("runs") / checkpoint.stem
     out.mkdir(parents=True, exist_ok=True)
     draw_curve(out)
-    draw_kl(model, found, best if dataset.truth else None, out / "kl.png")
+    draw_by_t(T, {"the model": found["kl"]} | ({"the ideal kernel": best["kl"]} if truth else {}),
+              "KL, bits", "where the bound is lost: KL[q || p] of every step", out / "kl.png", yscale="log")
+    draw_by_t(T, {"upper bound": upper / D, "the model's": found["H_p"] / D, "lower bound": lower / D},
+              "bits per dimension", "entropy of the reverse steps, eq. 24", out / "entropy.png")
+    if about["schedule"] == "learned":
+        draw_schedule(model, out / "schedule.png")
     if image:
         samples = model.sample(64, seed=about["seed"], progress=lambda s: tqdm(s, desc="samples", leave=False))
         save_grid(to_bytes(model, dpm.to_host(samples)), out / "samples.png")
-    elif dataset.truth:
+    elif dataset.binary:
+        draw_figure_2(model, out / "figure2.png")
+    elif truth:
         draw_figure_1(model, dataset, out / "figure1.png")
     else:
         draw_points({"held out": x0, "samples": dpm.to_host(model.sample(len(x0), about["seed"], batch=1000))}, out / "samples.png")
     result["evaluation_seconds"] = round(time.perf_counter() - started, 1)
     with dpm.written_whole(out / "result.json") as part:
         part.write_text(json.dumps(result, indent=1))
-    print_table(result, image)
+    print_page(result, image, dataset.binary)
     print(f"{out}: result.json, {', '.join(sorted(p.name for p in out.glob('*.png')))}")
+    return result
 
 
-def print_table(r, image):
-    D, unit = r["dimension"], "bits/pixel" if image else "bits"
+def parzen_estimate(model, dataset, number=10_000, valid=1000):
+    """The paper's Table 2 for MNIST: the log density, in bits of pixels in [0, 1], of the test images under Gaussians around
+    `number` samples, whose width is chosen out of ten by the last 1,000 training images. Standard error std / sqrt(tests)."""
+    samples = dpm.to_host(model.sample(number, seed=1, batch=200, progress=lambda s: tqdm(s, desc="Parzen samples")))
+    centres = to_bytes(model, samples).reshape(number, -1) / 255
+    by_width = {}
+    for sigma in tqdm(np.logspace(-1, 0, 10), desc="Parzen widths", leave=False):
+        by_width[sigma] = data.Mixture(centres, sigma).log_density(dataset.train[-valid:] / 255).mean()
+    sigma = max(by_width, key=by_width.get)
+    each = data.Mixture(centres, sigma).log_density(dataset.test / 255) / LN2
+    return dict(parzen_bits=float(each.mean()), parzen_bits_se=float(each.std()) / math.sqrt(len(each)), parzen_sigma=float(sigma))
+
+
+def print_page(r, image, binary):
+    D, unit = r["dimension"], "bits/pixel of data with unit variance" if image else "bits of data with unit variance"
+    if binary:
+        unit = "bits/pixel" if image else "bits/sequence"
     per = D if image else 1
 
-    def row(name, value, se=None, note=""):
-        print(f"  {name:<22}{value / per:10.4f}" + (f" +- {se / per:.4f}" if se is not None else " " * 10) + f"  {note}")
+    def row(name, key, note="", sign=1):
+        value, se = (r[key] if isinstance(r[key], float) else sum(r[key])), r.get(f"{key}_se")
+        print(f"  {name:<22}{sign * value / per:12.4f}" + (f" +- {se / per:.4f}" if se is not None else " " * 10) + f"  {note}")
 
-    print(f"\n{r['dataset']}, T = {r['timesteps']}, {r['schedule']} schedule, {r['examples']} held-out examples; {unit} of data with unit variance")
-    row("K", r["K_bits"], r["K_bits_se"], "lower bound on the mean log likelihood (eq. 14)")
-    row("  - sum of KLs", -sum(r["kl_bits"]), note=f"t = 2..{r['timesteps']}")
-    row("  + H_q(X_T|X_0)", r["H_q_T_bits"])
-    row("  - H_q(X_1|X_0)", -r["H_q_1_bits"])
-    row("  - H_p(X_T)", -r["H_p_T_bits"])
-    row("L_null", r["L_null_bits"], note="log likelihood under pi, an isotropic Gaussian")
-    row("K - L_null", r["K_minus_L_null_bits"], r["K_minus_L_null_bits_se"])
+    form = "" if r["form"] == "correction" else ", the paper's kernel"
+    print(f"\n{r['dataset']}, T = {r['timesteps']}, {r['schedule']} schedule{form}, {r['examples']} held-out examples; {unit}")
+    row("K", "K_bits", "lower bound on the mean log likelihood (eq. 14)")
+    row("  - sum of KLs", "kl_bits", f"t = 2..{r['timesteps']}", -1)
+    row("  + H_q(X_T|X_0)", "H_q_T_bits")
+    row("  - H_q(X_1|X_0)", "H_q_1_bits", sign=-1)
+    row("  - H_p(X_T)", "H_p_T_bits", sign=-1)
+    row("L_null", "L_null_bits", "log likelihood of independent bits" if binary else "log likelihood under an isotropic Gaussian")
+    row("K - L_null", "K_minus_L_null_bits")
     if "K_star_bits" in r:
-        print("  K <= K* <= L:")
-        row("K", r["K_bits"], r["K_bits_se"], "this model")
-        row("K*", r["K_star_bits"], r["K_star_bits_se"], "the best that any kernel of this form can do")
-        row("  K* - K", r["K_star_minus_K_bits"], r["K_star_minus_K_bits_se"])
-        row("L", r["L_true_bits"], r["L_true_bits_se"], "the data's own mean log likelihood")
+        print("K <= K* <= L")
+        row("K*", "K_star_bits", "the best that any kernel of this form can do")
+        row("  K* - K", "K_star_minus_K_bits", "with the same points and noise")
+        row("L", "L_true_bits", "the data's own mean log likelihood")
+    print(f"entropy of the reverse steps, sum over t = 2..{r['timesteps']} (eq. 24)")
+    row("upper bound", "entropy_upper_bits")
+    row("the model's", "entropy_model_bits")
+    row("lower bound", "entropy_lower_bits")
+    if "estimate_1_bits" in r:
+        print(f"log p(x_0) of {r['estimate_examples']} of the examples from S trajectories each (eqs. 6-9): L_1 is K in the mean, and L_S rises to the model's log likelihood")
+        for S in (1, 10, 100, 1000):
+            row(f"L_{S}", f"estimate_{S}_bits", f"L - L_{S} = {r[f'L_minus_estimate_{S}_bits']:.4f} +- {r[f'L_minus_estimate_{S}_bits_se']:.4f}")
+        row("L of these", "estimate_L_bits")
     if "bits_per_dim" in r:
-        print(f"  {'bits/dim':<22}{r['bits_per_dim']:10.4f} +- {r['bits_per_dim_se']:.4f}  of the 8-bit values, dequantised: an upper bound on code length")
+        print(f"in the units of later papers\n  {'bits/dim':<22}{r['bits_per_dim']:12.4f} +- {r['bits_per_dim_se']:.4f}  of the 8-bit values, dequantised: "
+              "an upper bound on code length")
+    if "parzen_bits" in r:
+        print(f"in the units of the paper's Table 2\n  {'Parzen, bits':<22}{r['parzen_bits']:12.1f} +- {r['parzen_bits_se']:.1f}     "
+              f"10,000 samples, width {r['parzen_sigma']:.3f}")
+
+
+def compare(results):
+    """K of several runs: a line for each, and a figure of K against T, one curve for every schedule and form."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    curves = {}
+    for r in sorted(results, key=lambda r: r["timesteps"]):
+        curves.setdefault((r["dataset"], r["schedule"], r["form"]), []).append(r)
+    print(f"\n{'data':<16}{'schedule':<10}{'form':<12}{'T':>5}{'K':>12}{'+-':>8}{'K*':>10}{'K - L_null':>12}{'bits/dim':>10}{'seconds':>9}")
+    for (name, schedule, form), rs in curves.items():
+        for r in rs:
+            print(f"{name:<16}{schedule:<10}{form:<12}{r['timesteps']:>5}{r['K_bits']:>12.4f}{r['K_bits_se']:>8.4f}"
+                  f"{r.get('K_star_bits', math.nan):>10.4f}{r['K_minus_L_null_bits']:>12.4f}{r.get('bits_per_dim', math.nan):>10.4f}{r['seconds']:>9.0f}")
+        label = f"{name}, {schedule}" + (", the paper's kernel" if form == "paper" else "")
+        axis.errorbar([r["timesteps"] for r in rs], [r["K_bits"] for r in rs], [r["K_bits_se"] for r in rs], marker="o", capsize=3, label=label)
+    axis.set(xlabel="T", ylabel="K, bits", xscale="log")
+    T = sorted({r["timesteps"] for r in results})
+    axis.set_xticks(T, T)
+    axis.minorticks_off()
+    axis.legend()
+    save_figure(figure, pathlib.Path("runs") / "comparison.png")
+    print("runs/comparison.png")
 
 
 def benchmark(args):
@@ -288,10 +394,11 @@ def checkpoint_in(path):
 def load_for(model):
     """The data set that a model was trained on. InputError if it is gone or has another shape."""
     dataset = data.load(model.about["dataset"])
-    if dataset.shape != model.kernel.shape or dataset.bytes != model.about["bytes"]:
-        kind = {True: "bytes", False: "floating point"}
-        raise dpm.InputError(f"{dataset.name} has examples of shape {dataset.shape}, {kind[dataset.bytes]}; the checkpoint was trained on "
-                             f"{model.kernel.shape}, {kind[model.about['bytes']]}")
+    kind = lambda bytes, binary: "bytes" if bytes else "zeros and ones" if binary else "floating point"
+    own, trained_on = ((shape, kind(*flags)) for shape, flags in (
+        (dataset.shape, (dataset.bytes, dataset.binary)), (model.kernel.shape, (model.about["bytes"], model.about["binary"]))))
+    if own != trained_on:
+        raise dpm.InputError(f"{dataset.name} has examples of shape {own[0]}, {own[1]}; the checkpoint was trained on {trained_on[0]}, {trained_on[1]}")
     dataset.shift, dataset.scale = model.shift, model.scale
     return dataset
 
@@ -305,7 +412,9 @@ def device_name(xp):
 def to_bytes(model, x):
     """Normalised images (n, D) as uint8 pictures (n, H, W, C): back to the data's units; data that is not bytes is stretched."""
     raw = x * model.scale + model.shift
-    if not model.about["bytes"]:
+    if model.about["binary"]:
+        raw = raw * 255
+    elif not model.about["bytes"]:
         raw = (raw - raw.min()) / max(float(np.ptp(raw)), 1e-12) * 255
     return np.clip(np.floor(raw), 0, 255).astype(np.uint8).reshape(-1, *model.kernel.shape)
 
@@ -340,14 +449,28 @@ def draw_curve(out):
     save_figure(figure, out / "training.png")
 
 
-def draw_kl(model, found, best, path):
+def draw_by_t(T, curves, label, title, path, yscale="linear"):
+    """Named curves (T + 1,) in nats, drawn in bits over t = 2..T."""
     figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    t = np.arange(2, model.T + 1)
-    axis.plot(t, found["kl"][2:] / LN2, label="the model")
-    if best:
-        axis.plot(t, best["kl"][2:] / LN2, "--", label="the ideal kernel")
-        axis.legend()
-    axis.set(xlabel="t", ylabel="KL, bits", title="where the bound is lost: KL[q || p] of every step", yscale="log")
+    for style, (name, values) in zip(("-", "--", "-."), curves.items()):
+        axis.plot(np.arange(2, T + 1), values[2:] / LN2, style, label=name)
+    axis.legend()
+    axis.set(xlabel="t", ylabel=label, title=title, yscale=yscale)
+    save_figure(figure, path)
+
+
+def draw_schedule(model, path):
+    """The schedule that training began with and the one it learned: what is left of the data, and beta."""
+    T, learned = model.T, dpm.to_host(model.diffusion.alpha_bar)
+    schedule = dpm.LearnedSchedule(T, 1 - learned[1])
+    begun = schedule.forward(np.zeros(schedule.parameters(T)))
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.5), layout="constrained")
+    for name, alpha_bar in (("before", begun), ("learned", learned)):
+        axes[0].plot(np.arange(1, T + 1), (1 - alpha_bar[1:]) / alpha_bar[1:], label=name)
+        axes[1].plot(np.arange(1, T + 1), 1 - alpha_bar[1:] / alpha_bar[:-1], label=name)
+    axes[0].set(xlabel="t", yscale="log", title="noise to signal, (1 - alpha_bar_t) / alpha_bar_t")
+    axes[1].set(xlabel="t", yscale="log", title="beta_t")
+    axes[0].legend()
     save_figure(figure, path)
 
 
@@ -387,11 +510,30 @@ def draw_figure_1(model, dataset, path, number=2000):
     save_figure(figure, path)
 
 
+def draw_figure_2(model, path, number=40, times=5):
+    """Figure 2 of the paper: from independent bits, right, to heartbeats, left; a row is a sequence."""
+    kept_at = [t for t in np.unique(np.linspace(0, model.T, times).round().astype(int)) if t > 0]
+    samples, kept = model.sample(number, keep=kept_at)
+    panels = {0: samples} | {t: kept[t] for t in kept_at}
+    figure, axes = plt.subplots(1, len(panels), figsize=(9, 3.6), layout="constrained", sharey=True)
+    for axis, (t, x) in zip(axes, panels.items()):
+        axis.imshow(dpm.to_host(x), cmap="gray_r", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axis.set(title=f"t = {t}", xlabel="bin")
+    axes[0].set_ylabel("sequence")
+    save_figure(figure, path)
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
+
+def run_name(dataset):
+    """The name of a data set's run: that of a file without its ending, that of a data set itself."""
+    path = pathlib.Path(dataset)
+    return path.stem if path.exists() else path.name.replace(":", "-")
+
 
 def free_directory(name):
     """runs/<name>, or runs/<name>-2, -3, ... where that is taken."""
-    stem = pathlib.Path(name).stem or "data"
+    stem = run_name(name)
     return next(d for d in (pathlib.Path("runs") / (stem + (f"-{i}" if i > 1 else "")) for i in range(1, 10 ** 6)) if not d.exists())
 
 
@@ -402,7 +544,7 @@ def start(args):
         raise dpm.InputError(f"--out {args.out} holds another run; choose a new directory, or go on with that run: --resume {args.out}")
     dataset = data.load(args.dataset or "swissroll")
     chosen, options = settings(args, dataset)
-    model = new_model(dataset, dict(chosen, bytes=dataset.bytes), options, xp)
+    model = new_model(dataset, dict(chosen, bytes=dataset.bytes, binary=dataset.binary), options, xp)
     out = pathlib.Path(args.out) if args.out else free_directory(dataset.name)
     out.mkdir(parents=True, exist_ok=True)
     (out / "log.csv").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
@@ -411,9 +553,9 @@ def start(args):
 
 def resume(args):
     """A stopped run, as its last checkpoint has it; of the flags only --steps may differ from what it was started with."""
-    out = pathlib.Path(args.resume or args.out or f"runs/{pathlib.Path(args.dataset or 'swissroll').stem}")
+    out = pathlib.Path(args.resume or args.out or f"runs/{run_name(args.dataset or 'swissroll')}")
     model, adam = dpm.DPM.resume(out / "checkpoint.npz", dpm.backend(args.gpu))
-    for name in ("dataset", "batch_size", "lr", "timesteps", "schedule", "seed", "dtype"):
+    for name in ("dataset", "batch_size", "lr", "timesteps", "schedule", "rate", "form", "seed", "dtype"):
         if getattr(args, name) not in (None, model.about[name]):
             raise dpm.InputError(f"{out} was started with --{name.replace('_', '-')} {model.about[name]}, not {getattr(args, name)}; leave the flag away")
     if args.steps is not None:
@@ -437,8 +579,11 @@ def main():
     args = arguments()
     if args.benchmark:
         return benchmark(args)
+    if args.parzen and not args.evaluate:
+        raise dpm.InputError("--parzen goes with --evaluate DIR")
     if args.evaluate:
-        return evaluate(args.evaluate, args.gpu)
+        results = [evaluate(path, args.gpu, args.parzen) for path in args.evaluate]
+        return compare(results) if len(results) > 1 else None
     model, adam, dataset, out = start(args) if args.resume is None else resume(args)
     about = model.about
     print(f"{dataset.name} on {device_name(model.xp)}: {model.kernel.theta.size:,} weights, T = {model.T}, steps {adam.step}..{about['steps']}, into {out}", flush=True)

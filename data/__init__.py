@@ -1,14 +1,16 @@
 """Data sets: `load(name_or_path)` reads or makes one, checks it, and normalises it.
 
-    swissroll      the paper's two-dimensional toy, endless, with its exact density
+    swissroll      the paper's two-dimensional toy, endless, with its exact density; swissroll:0.002 has noise 0.002, not 0.04
+    heartbeat      the paper's binary toy: 20 bits, a one in every fifth, at a random phase
     mnist          the 60,000 + 10,000 digits that lie beside this file, as gzipped IDX
     FOLDER | FILE  IDX images, gzipped or not: any folder with the file names of MNIST (Fashion-MNIST, say), or one file
-    FILE.npy|.npz  your own array (N, D), (N, H, W) or (N, H, W, C), uint8 or floating point; an .npz holds `train` and,
-                   if it has one, `test`, or a single array under any name
+    FILE.npy|.npz  your own array (N, D), (N, H, W) or (N, H, W, C), uint8 or floating point, or of zeros and ones (binary);
+                   an .npz holds `train` and, if it has one, `test`, or a single array under any name
 
 Every example is handed out flat, as x = (raw - shift) / scale with the same two numbers for all coordinates, measured
 on the training part: the bound assumes data of mean 0 and average variance 1, and one scale keeps the likelihood of the
-raw values one constant away. Bytes are dequantised: raw = byte + u with u uniform on [0, 1), fresh at every draw.
+raw values one constant away. Bytes are dequantised: raw = byte + u with u uniform on [0, 1), fresh at every draw. Binary
+data stays as it is.
 """
 import gzip
 import hashlib
@@ -45,8 +47,10 @@ class Mixture:
         return -square / (2 * variance) - 0.5 * x.shape[1] * np.log(2 * np.pi * variance)
 
     def log_density(self, x):
-        """log p(x) in nats, (n,)."""
-        return logsumexp(self._log_weights(x, 1.0, self.sigma ** 2), axis=1) - np.log(len(self.centres))
+        """log p(x) in nats, (n,). In blocks: there is a number for each pair of a row and a centre."""
+        block = max(1, 10 ** 7 // len(self.centres))
+        parts = [logsumexp(self._log_weights(x[i:i + block], 1.0, self.sigma ** 2), axis=1) for i in range(0, len(x), block)]
+        return np.concatenate(parts) - np.log(len(self.centres))
 
     def moments(self, x, alpha_bar):
         """Mean and variance of every coordinate of x_0 given x_t = x (n, D), at one noise level alpha_bar."""
@@ -59,22 +63,46 @@ class Mixture:
         return mean + gain * x, spread + self.sigma ** 2 * (1 - alpha_bar) / variance
 
 
+class Patterns:
+    """Bits that are one of `patterns` (M, D), each as likely as any other."""
+
+    def __init__(self, patterns):
+        self.patterns = patterns
+
+    def log_density(self, x):
+        """log p(x) in nats, (n,); -inf where x is none of them."""
+        with np.errstate(divide="ignore"):
+            return np.log((x[:, None] == self.patterns).all(2).mean(1))
+
+    def moments(self, x, alpha_bar, rate):
+        """(E[x_0 | x_t = x],), (n, D), where each bit was kept with probability alpha_bar or else drawn from B(rate)."""
+        one = alpha_bar * self.patterns + rate * (1 - alpha_bar)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            log_weights = x @ np.log(one).T + (1 - x) @ np.log(1 - one).T
+        return (softmax(log_weights, axis=1) @ self.patterns,)
+
+
 class Data:
     """A data set: name, shape (H, W, C) of an example (a vector is one pixel of D channels), shift, scale, `train` and
-    `test` (N, D) as they were given, `bytes` (dequantise?), `edges`, the normalised values at which the density of bytes
-    jumps most, the ends of the first and the last grey level, and `truth`, a Mixture where the density is known."""
+    `test` (N, D) as they were given, `bytes` (dequantise?), `binary`, `mean` of the normalised values, `edges`, the normalised
+    values at which the density of bytes jumps most, the ends of the first and the last grey level, `detail`, the size of the
+    smallest there is to model, and `truth`, a Mixture or Patterns where the density is known."""
 
-    edges, truth, xp = (), None, np
+    edges, truth, xp, binary, mean, detail = (), None, np, False, 0.0, 0.004
 
     def __init__(self, name, train, test, shape):
         self.name, self.train, self.test, self.shape = name, train, test, tuple(shape)
-        self.bytes = train.dtype == np.uint8
+        self.bytes, self.binary = train.dtype == np.uint8, train.dtype == bool
+        if self.binary:
+            self.shift, self.scale, self.mean = 0.0, 1.0, float(train.mean())
+            return
         blocks = np.array_split(train, max(1, len(train) // 4096))      # in blocks: float64 of it all would cost 400 MB
         self.shift = float(sum(block.sum(dtype=np.float64) for block in blocks) / train.size + 0.5 * self.bytes)
         squares = sum(((block + 0.5 * self.bytes - self.shift) ** 2).sum() for block in (b.astype(np.float64) for b in blocks))
         self.scale = float(np.sqrt(squares / train.size + self.bytes / 12))
         if self.bytes:
             self.edges = tuple((level - self.shift) / self.scale for level in (0, 1, 255, 256))
+            self.detail = 0.01 / self.scale                             # a hundredth of a grey level
 
     def to(self, xp):
         """Moves the training part to where xp computes; from then on `draw` makes its batches there, and wants a generator of xp."""
@@ -98,12 +126,15 @@ class Data:
 class SwissRoll(Data):
     """phi = 1.5 pi (1 + 2u), u uniform: (phi cos phi, phi sin phi), centred and scaled to average variance 1, then noise.
 
-    Endless: every draw is fresh. Its density is a line integral, here a midpoint sum of 2,000 points, a sixth of the
+    Endless: every draw is fresh. Its density is a line integral, here a midpoint sum of points a sixth of the
     noise apart: exact to 1e-5 nats in the mean. (The paper does not give its noise.)
     """
 
-    def __init__(self, noise=0.04, points=2000):
-        self.name, self.shape, self.bytes, self.shift, self.scale = "swissroll", (1, 1, 2), False, 0.0, 1.0
+    def __init__(self, noise=0.04, points=None):
+        self.name, self.shape, self.bytes, self.shift, self.scale = f"swissroll:{noise}", (1, 1, 2), False, 0.0, 1.0
+        if noise == 0.04:
+            self.name = "swissroll"
+        points, self.detail = points or round(80 / noise), noise / 10
         fine = self._curve((np.arange(200_000) + 0.5) / 200_000)
         self._mean, self._size = fine.mean(0), np.sqrt(fine.var(0).mean())
         self.noise, self.truth = noise, Mixture(self._roll((np.arange(points) + 0.5) / points), noise)
@@ -127,18 +158,44 @@ class SwissRoll(Data):
         return self.draw(number, generator(np, "held out", seed))
 
 
+class Heartbeat(Data):
+    """20 bits with a one in every fifth, the phase uniform over five: a true log likelihood of log 1/5 (section 3.1.2)."""
+
+    def __init__(self):
+        self.name, self.shape, self.bytes, self.binary, self.shift, self.scale, self.mean = "heartbeat", (1, 1, 20), False, True, 0.0, 1.0, 0.2
+        self.truth = Patterns((np.arange(20) % 5 == np.arange(5)[:, None]).astype(np.float64))
+
+    to = SwissRoll.to
+
+    def draw(self, number, rng, dtype=np.float64):
+        return self.truth.patterns[rng.integers(0, 5, number)].astype(dtype)
+
+    def held_out(self, number, seed=0):
+        """The five phases in turn, since there is nothing else to hold out."""
+        return self.truth.patterns[np.arange(number) % 5]
+
+
 def load(name_or_path):
     """The data set of that name, or the one in that file or folder.
 
     Raises InputError, one line, where there is none, where it is damaged, or where no model could be trained on it."""
-    if name_or_path == "swissroll":
-        return SwissRoll()
+    name, _, noise = str(name_or_path).partition(":")
+    if name == "swissroll":
+        try:
+            noise = float(noise or 0.04)
+        except ValueError:
+            noise = 0
+        if not 1e-4 <= noise <= 1:
+            raise InputError(f"data set '{name_or_path}': the noise of the roll is a number from 0.0001 to 1, as in swissroll:0.002")
+        return SwissRoll(noise)
+    if name_or_path == "heartbeat":
+        return Heartbeat()
     if name_or_path == "mnist":
         train, test = (_read_idx(HERE / "mnist" / f"{IMAGES[part]}.gz", SHA256[part]) for part in ("train", "test"))
         return _checked("mnist", train, test)
     path = pathlib.Path(name_or_path)
     if not path.exists():
-        raise InputError(f"no data set or file '{name_or_path}': give swissroll, mnist, or the path of an .npy, .npz or IDX file or folder")
+        raise InputError(f"no data set or file '{name_or_path}': give swissroll, heartbeat, mnist, or the path of an .npy, .npz or IDX file or folder")
     if path.is_dir():
         found = {part: next((path / (stem + end) for end in ("", ".gz") if (path / (stem + end)).exists()), None)
                  for part, stem in IMAGES.items()}
@@ -191,11 +248,13 @@ def _read_numpy(path):
 
 def _checked(name, train, test):
     """Data of these arrays, if a model can be trained on them; without a test part a tenth is split off, seeded."""
+    if all(part.dtype.kind in "iuf" and ((part == 0) | (part == 1)).all() for part in (train, test) if part is not None):
+        train, test = train.astype(bool), None if test is None else test.astype(bool)
     for part in (train,) if test is None else (train, test):
         if part.ndim not in (2, 3, 4) or 0 in part.shape:
             raise InputError(f"{name}: an array of shape {part.shape}; it must be (N, D), (N, H, W) or (N, H, W, C)")
-        if part.dtype != np.uint8 and part.dtype.kind != "f":
-            raise InputError(f"{name}: values of type {part.dtype}; they must be uint8 (bytes, to be dequantised) or floating point")
+        if part.dtype not in (np.uint8, bool) and part.dtype.kind != "f":
+            raise InputError(f"{name}: values of type {part.dtype}; they must be uint8 (bytes, to be dequantised), floating point, or zeros and ones")
         if part.dtype.kind == "f" and not np.isfinite(part).all():
             raise InputError(f"{name}: holds NaN or infinite values; remove or replace them")
         if part.shape[1:] != train.shape[1:] or part.dtype != train.dtype:
