@@ -64,7 +64,7 @@ class Signs:
 # ---------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("T", [2, 10, 40, 1000])
-@pytest.mark.parametrize("kind", ["logsnr", "paper", "linear"])
+@pytest.mark.parametrize("kind", ["logsnr", "paper", "linear", "cosine"])
 def test_schedule(kind, T):
     alpha_bar = dpm.schedule(kind, T, 1e-4)
     assert alpha_bar.shape == (T + 1,) and alpha_bar[0] == 1 and np.isclose(alpha_bar[1], 1 - 1e-4, rtol=1e-12)
@@ -76,6 +76,8 @@ def test_schedule(kind, T):
         logit = np.log((1 - alpha_bar[1:]) / alpha_bar[1:])
         np.testing.assert_allclose(np.diff(logit, 2), 0, atol=1e-8)
         assert np.isclose(logit[-1], 10)
+    elif kind == "cosine":
+        np.testing.assert_allclose(np.arccos(alpha_bar[1:] / (1 - 1e-4)), 0.99 * np.pi / 2 * (np.arange(1, T + 1) - 1) / (T - 1), atol=1e-9)
     else:
         beta = 1 - alpha_bar[2:] / alpha_bar[1:-1]
         assert beta[-1] == pytest.approx(min(20 / T, 0.999))
@@ -114,13 +116,13 @@ def test_reverse_parameterisation():
     x0, eps = rng(2).standard_normal((2, 14, 3))
     xt, alpha_bar = q.diffuse(x0, t, eps), q.alpha_bar[t][:, None]
     v = np.sqrt(alpha_bar) * eps - np.sqrt(1 - alpha_bar) * x0
-    f_mu, log_f_sigma = q.reverse(xt, t, np.stack([v, -np.ones_like(v)], 2))
+    f_mu, f_sigma = q.reverse(xt, t, np.stack([v, -np.ones_like(v)], 2))
     mu, beta_tilde = q.posterior(x0, xt, t)
     np.testing.assert_allclose(f_mu, mu, rtol=1e-9)
-    np.testing.assert_allclose(np.exp(log_f_sigma), np.broadcast_to(beta_tilde, v.shape), rtol=1e-9)
-    f_mu, log_f_sigma = q.reverse(xt, t, np.zeros((14, 3, 2)))
+    np.testing.assert_allclose(f_sigma, np.broadcast_to(beta_tilde, v.shape), rtol=1e-9)
+    f_mu, f_sigma = q.reverse(xt, t, np.zeros((14, 3, 2)))
     np.testing.assert_allclose(f_mu, np.sqrt(1 - q.beta[t])[:, None] * xt, rtol=1e-12)
-    np.testing.assert_allclose(np.exp(log_f_sigma), np.broadcast_to(q.beta[t][:, None], v.shape), rtol=1e-9)
+    np.testing.assert_allclose(f_sigma, np.broadcast_to(q.beta[t][:, None], v.shape), rtol=1e-9)
 
 
 def test_kl_is_the_integral_and_dout_its_derivative():
@@ -129,11 +131,13 @@ def test_kl_is_the_integral_and_dout_its_derivative():
     out = rng(4).standard_normal((3, 1, 2))
     kl, dout = q.kl(x0, xt, t, out)
     mu, variance = q.posterior(x0, xt, t)
-    f_mu, log_f_sigma = q.reverse(xt, t, out)
+    f_mu, f_sigma = q.reverse(xt, t, out)
     for i in range(3):
-        x = mu[i] + np.sqrt(variance[i]) * np.linspace(-12, 12, 20001)
+        x = mu[i] + 3 * np.sqrt(variance[i]) * np.linspace(-12, 12, 60001)
         log_q = -0.5 * ((x - mu[i]) ** 2 / variance[i] + np.log(2 * np.pi * variance[i]))
-        log_p = -0.5 * ((x - f_mu[i]) ** 2 / np.exp(log_f_sigma[i]) + np.log(2 * np.pi) + log_f_sigma[i])
+        log_p = -0.5 * ((x - f_mu[i]) ** 2 / f_sigma[i] + np.log(2 * np.pi * f_sigma[i]))
+        assert -np.trapezoid(np.exp(log_p) * log_p, x) == pytest.approx(q.entropy(f_mu, f_sigma)[i], rel=1e-6)
+        assert q.log_density(x[:, None], f_mu[i], f_sigma[i]) == pytest.approx(log_p)
         assert np.trapezoid(np.exp(log_q) * (log_q - log_p), x) == pytest.approx(kl[i], rel=1e-8)
     for direction in np.eye(6).reshape(6, 3, 1, 2):
         difference = q.kl(x0, xt, t, out + 1e-5 * direction)[0] - q.kl(x0, xt, t, out - 1e-5 * direction)[0]
@@ -143,16 +147,17 @@ def test_kl_is_the_integral_and_dout_its_derivative():
 def test_entropies():
     q = dpm.Gaussian(dpm.schedule("logsnr", 9, 1e-2))
     x = 30 * np.linspace(-1, 1, 200001)
-    for variance, H in [(1 - q.alpha_bar[3], q.H_q(3)), (1.0, q.H_pi)]:
+    for variance, H in [(1 - q.alpha_bar[3], q.H_q(3, np.zeros((1, 1)))[0]), (q.beta[3], q.H_step(3, np.zeros((1, 1)))[0]), (1.0, q.H_pi)]:
         p = np.exp(-0.5 * x ** 2 / variance) / np.sqrt(2 * np.pi * variance)
         assert -np.trapezoid(p * np.log(p + 1e-300), x) == pytest.approx(H, rel=1e-6)
+    assert q.H_q(3, np.zeros((2, 5))) == pytest.approx(5 * q.H_q(3, np.zeros((1, 1)))[0])
     assert np.trapezoid(np.exp(q.log_pi(x[:, None])), x) == pytest.approx(1)
 
 
 def test_the_first_step():
     """Eq. 44: T_pi(x_0 | x_1; beta_1), the forward kernel run backwards."""
-    f_mu, f_sigma = dpm.Gaussian(dpm.schedule("logsnr", 5, 0.3)).first(np.array([2.0, -1.0]))
-    np.testing.assert_allclose(f_mu, [2 * math.sqrt(0.7), -math.sqrt(0.7)])
+    f_mu, f_sigma = dpm.Gaussian(dpm.schedule("logsnr", 5, 0.3)).kernel(np.array([[2.0, -1.0]]), np.array([1]))
+    np.testing.assert_allclose(f_mu, [[2 * math.sqrt(0.7), -math.sqrt(0.7)]])
     assert f_sigma == pytest.approx(0.3)
 
 
@@ -204,7 +209,8 @@ def test_mlp_backward(rows):
         assert (da * d).sum() == pytest.approx(quotient(loss, a, d), rel=1e-6)
 
 
-@pytest.mark.parametrize("shape, options", [((1, 1, 3), dict(upper_layers=3)), ((4, 5, 2), {}), ((6, 4, 2), dict(maps=3, sights=2, patch=1)), ((4, 4, 1), dict(maps=0, sights=3))])
+@pytest.mark.parametrize("shape, options", [((1, 1, 3), dict(upper_layers=3)), ((4, 5, 2), {}), ((6, 4, 2), dict(maps=3, sights=2, patch=1)), ((4, 4, 1), dict(maps=0, sights=3)),
+                                            ((4, 4, 1), dict(paper=True, bumps=3, time=0)), ((1, 1, 3), dict(paper=True))])
 def test_gradient_of_K_in_every_weight(shape, options):
     model = small_model(shape, stir=0.2, **options)
     model.kernel.slice = model.kernels[1].slice = 3  # several slices, the last one short
@@ -393,6 +399,301 @@ def test_swissroll_K_star_and_truth():
         assert gap.mean() == pytest.approx(-1.08 - K_star, abs=0.03 + 4 * gap.std() / math.sqrt(len(x0)))
 
 
+@pytest.mark.parametrize("T", [2, 7, 1000])
+def test_learned_schedule(T):
+    """Whatever its parameters are, 0 < beta < 1 and alpha_bar falls from 1 - beta_1; at 0 it is linear in logit; smooth in t."""
+    schedule = dpm.LearnedSchedule(T, 1e-8)
+    logit = lambda alpha_bar: np.log((1 - alpha_bar[1:]) / alpha_bar[1:])
+    at_zero = schedule.forward(np.zeros(schedule.parameters(T)))
+    np.testing.assert_allclose(logit(at_zero), np.linspace(np.log(1e-8 / (1 - 1e-8)), 6, T), rtol=1e-7)
+    for size in (1, 100, 1e30):
+        for i in range(5):
+            alpha_bar = schedule.forward(size * rng(40, i).standard_normal(schedule.parameters(T)))
+            beta = 1 - alpha_bar[1:] / alpha_bar[:-1]
+            assert beta[0] == pytest.approx(1e-8) and (beta > 0).all() and (beta < 1).all() and alpha_bar[0] == 1
+            if T == 1000:  # 999 steps between 40 knots within 12 of one another
+                assert np.abs(np.diff(np.log(schedule.rise))).max() < 12 / (998 / 39) + 1e-9
+
+
+@pytest.mark.parametrize("T", [2, 7, 60])
+def test_learned_schedule_backward(T):
+    schedule = dpm.LearnedSchedule(T, 1e-3)
+    psi, r = rng(41).standard_normal(schedule.parameters(T)), rng(42).standard_normal(T + 1)
+    logsnr = lambda: np.log(1 / schedule.forward(psi)[2:] - 1)
+    dpsi = schedule.backward(r) if logsnr() is not None else None
+    for i, d in enumerate(np.eye(len(psi))):
+        assert dpsi[i] == pytest.approx(quotient(lambda: float(r[2:] @ logsnr()), psi, d, h=1e-5), rel=1e-6, abs=1e-7)
+
+
+def test_paper_form():
+    """Its out gives eqs. 64 and 65, and its bumps are eq. 63: shares of one, each highest at its own centre."""
+    q, t = dpm.Gaussian(dpm.schedule("logsnr", 15, 1e-2)), np.arange(2, 16)
+    xt, z = rng(43).standard_normal((14, 3)), rng(44).standard_normal((14, 3, 2))
+    f_mu, f_sigma = q.reverse(xt, t, q.paper_form(xt, t, z))
+    beta = q.beta[t][:, None]
+    sigma = 1 / (1 + np.exp(-(z[..., 1] + np.log(beta / (1 - beta)))))
+    np.testing.assert_allclose(f_sigma, sigma, rtol=1e-9)
+    np.testing.assert_allclose(f_mu, (xt - z[..., 0]) * (1 - sigma) + z[..., 0], rtol=1e-8)
+    bumps = small_model(T=40, bumps=4).kernel._bumps
+    np.testing.assert_allclose(bumps.sum(1), 1)
+    assert (bumps[[1, 14, 27, 40]].argmax(1) == [0, 1, 2, 3]).all()
+    np.testing.assert_allclose(np.log(bumps[14, 1] / bumps[14, 2]), 2)  # one spacing is two widths: exp(-(2^2) / 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Room 1: the binomial diffusion, by enumeration of all 2^n states
+# ---------------------------------------------------------------------------------------------------------------------------
+
+class Table:
+    """A kernel that is a table of random numbers: its out for every state and time."""
+
+    dtype = np.dtype("float64")
+
+    def __init__(self, n, T, size=1.0):
+        self.D, self.out = n, size * rng(45).standard_normal((T + 1, 2 ** n, n, 1))
+
+    def replica(self):
+        return self
+
+    def forward(self, x, t):
+        return self.out[t, (x @ 2 ** np.arange(self.D)).astype(int)]
+
+
+def bits(n=3, T=4, rate=0.3, size=1.0, p0=None):
+    """A binomial model over n bits, its 2^n states, and the probabilities of all that can happen, as matrices [to, from]:
+    data p0 (states,), forward [t][x_t, x_{t-1}] and reverse [t][x_{t-1}, x_t] built bit by bit from Table App.1 alone."""
+    states = (np.arange(2 ** n)[:, None] >> np.arange(n) & 1).astype(float)
+    if p0 is None:
+        p0 = rng(46).random(2 ** n)
+        p0 /= p0.sum()
+    q = dpm.Binomial(dpm.schedule("cosine", T, 0.05), rate=rate, mean=p0 @ states.mean(1))
+    model = dpm.DPM(q, Table(n, T, size))
+    probability = lambda f, x: np.prod(np.where(x == 1, f, 1 - f), -1)
+    forward, reverse = [None], [None]
+    for t in range(1, T + 1):
+        forward.append(probability((states * (1 - q.beta[t]) + rate * q.beta[t])[None], states[:, None]))
+        at = np.full(2 ** n, t)
+        f = q.reverse(states, at, model.kernel.forward(states, at))[0] if t > 1 else states * (1 - q.beta[1]) + rate * q.beta[1]
+        reverse.append(probability(f[None], states[:, None]))
+    return model, states, p0, forward, reverse, probability(np.full(n, rate), states)
+
+
+def test_binomial_forward_and_posterior():
+    """q(x_t | x_0) is the product of the steps; q(x_{t-1} | x_t, x_0) is Bayes; draws have their frequencies."""
+    model, states, _, forward, _, _ = bits(n=2)
+    q, until = model.diffusion, np.eye(4)
+    for t in range(1, 5):
+        before, until = until, forward[t] @ until
+        at = np.full(4, t)
+        f = 1 - np.array([(q.diffuse(states, at, np.full((4, 2), u)) == 0) for u in (np.arange(4000) + 0.5) / 4000]).mean(0)
+        np.testing.assert_allclose(f, until.T @ states, atol=2e-4)
+        if t > 1:
+            for x0 in range(4):
+                joint = forward[t] * before[:, x0]  # [x_t, x_{t-1}]
+                expected = joint @ states / joint.sum(1)[:, None]
+                np.testing.assert_allclose(q.posterior(states[x0][None], states, at)[0], expected, rtol=1e-9)
+
+
+def test_binomial_dout():
+    q, t = dpm.Binomial(dpm.schedule("cosine", 9, 1e-2), rate=0.3), np.array([2, 4, 9])
+    x0, xt = (rng(47).random((2, 3, 4)) < 0.5).astype(float)
+    out = rng(48).standard_normal((3, 4, 1))
+    kl, dout = q.kl(x0, xt, t, out)
+    assert (kl > 0).all()
+    for direction in np.eye(12).reshape(12, 3, 4, 1):
+        difference = q.kl(x0, xt, t, out + 1e-5 * direction)[0] - q.kl(x0, xt, t, out - 1e-5 * direction)[0]
+        np.testing.assert_allclose(difference / 2e-5, (dout * direction).sum((1, 2)), rtol=1e-6, atol=1e-12)
+
+
+def exact_parts(model, states, p0, forward):
+    """Sum of the KLs and the entropies of the bound, each by enumeration of x_0 and x_t."""
+    q, until, kls, H_q = model.diffusion, np.eye(len(states)), 0.0, [0.0]
+    pairs = np.repeat(states, len(states), 0), np.tile(states, (len(states), 1))  # x_0, x_t
+    for t in range(1, q.T + 1):
+        until = forward[t] @ until
+        joint = (until * p0).T.ravel()
+        H_q.append(-(joint * np.log(until.T.ravel())).sum())
+        assert q.H_q(t, states) @ p0 == pytest.approx(H_q[-1])
+        if t > 1:
+            at = np.full(len(joint), t)
+            kls += joint @ q.kl(*pairs, at, model.kernel.forward(pairs[1], at))[0]
+    return kls, H_q
+
+
+@pytest.mark.parametrize("n, rate", [(1, 0.5), (3, 0.5), (4, 0.5), (3, None)])
+def test_K_by_enumeration(n, rate):
+    """K from KLs and entropies (eq. 14) is K over all trajectories: E_q of log p(x_T) + sum log p(x_{t-1}|x_t) - log q(x_t|x_{t-1})
+    (eq. 12), which is below the log likelihood; wherever the mean of the data is the rate of pi."""
+    p0 = np.array([0.25, 0.15, 0.05, 0.15, 0.2, 0.0, 0.1, 0.1]) if rate is None else None
+    model, states, p0, forward, reverse, pi = bits(n, rate=rate or 0.4, p0=p0)
+    assert rate or model.diffusion.mean == pytest.approx(0.4)
+    q = model.diffusion
+    kls, H_q = exact_parts(model, states, p0, forward)
+    K = -kls + H_q[-1] - H_q[1] - n * q.H_pi
+    p_t, direct, likelihood = p0, 0.0, pi
+    for t in range(1, q.T + 1):
+        joint = forward[t] * p_t  # [x_t, x_{t-1}]
+        direct += (joint * (np.log(reverse[t].T) - np.log(forward[t]))).sum()
+        p_t = joint.sum(1)
+    direct += p_t @ np.log(pi)
+    for t in range(q.T, 0, -1):
+        likelihood = reverse[t] @ likelihood
+    assert likelihood.sum() == pytest.approx(1)
+    assert K == pytest.approx(direct, rel=1e-10)
+    assert K < p0 @ np.log(likelihood) < p0 @ np.log(p0 + 1e-300)
+    x0 = states[np.repeat(np.arange(2 ** n), np.round(20_000 * p0).astype(int))]
+    found = model.bound(x0, rng(49))  # the function itself, by sampling
+    assert found["K"] == pytest.approx(K, abs=4 * found["K_se"] + 1e-3) and found["K_se"] < 0.02
+    assert found["L_null"] == pytest.approx(n * (q.mean * math.log(q.mean) + (1 - q.mean) * math.log(1 - q.mean)), abs=0.01)
+    log_w = model.log_weights(states, 20_000, rng(50))  # and the estimate of log p(x_0), for every state
+    estimate = model.log_likelihood(states, 20_000, rng(50))
+    np.testing.assert_allclose(estimate, np.log(likelihood), atol=5 * (np.exp(log_w - estimate[:, None]).std() / math.sqrt(20_000)))
+    assert p0 @ log_w.mean(1) == pytest.approx(direct, abs=5 * log_w.std() / math.sqrt(20_000))
+
+
+def test_binomial_at_initialisation_K_is_L_null():
+    """With out = 0 and pi of the data's own mean, trajectories are reversible: K is the log likelihood of independent bits."""
+    p0 = np.zeros(8)
+    p0[[1, 2, 4]] = 1 / 3
+    model, states, p0, forward, _, pi = bits(rate=1 / 3, size=0.0, p0=p0)
+    kls, H_q = exact_parts(model, states, p0, forward)
+    assert -kls + H_q[-1] - H_q[1] - 3 * model.diffusion.H_pi == pytest.approx(p0 @ np.log(pi), rel=1e-10)
+
+
+def test_ideal_binomial_kernel_over_the_five_phases():
+    """Heartbeats: m is Bayes over the phases, and f_b is then q(x_{t-1} = 1 | x_t) of every bit, summed over the phases."""
+    beat = data.load("heartbeat")
+    q = dpm.Binomial(dpm.schedule("cosine", 30, 1e-5), rate=0.2)
+    patterns = beat.truth.patterns
+    assert patterns.shape == (5, 20) and (patterns.sum(1) == 4).all() and (np.diff(np.flatnonzero(patterns[3])) == 5).all()
+    for t in (2, 11, 30):
+        at = np.full(7, t)
+        xt = q.diffuse(beat.held_out(7), at, rng(51).random((7, 20)))
+        like = np.array([[np.prod(np.where(x == 1, f, 1 - f)) for f in q.alpha_bar[t] * patterns + 0.2 * (1 - q.alpha_bar[t])] for x in xt])
+        like /= like.sum(1, keepdims=True)
+        out = dpm.IdealKernel(q, lambda x, a: beat.truth.moments(x, a, 0.2)).forward(xt, at)
+        expected = sum(like[:, [i]] * q.posterior(patterns[[i]], xt, at)[0] for i in range(5))
+        np.testing.assert_allclose(q.reverse(xt, at, out)[0], expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize("kind, rate, K_star", [("cosine", 0.5, -2.34), ("paper", 0.5, -2.84), ("paper", 0.2, -2.683)])
+def test_heartbeat_K_star(kind, rate, K_star):
+    """The table of known numbers at T = 200; L = log2(1/5) = -2.322 bits. And its ideal model draws heartbeats, all phases alike."""
+    beat = data.load("heartbeat")
+    q = dpm.Binomial(dpm.schedule(kind, 200, 1 / 200 if kind == "paper" else 1e-5), rate=rate, mean=0.2)
+    kernel = dpm.IdealKernel(q, lambda x, a: beat.truth.moments(x, a, rate))
+    kernel.D, model = 20, None
+    model = dpm.DPM(q, kernel)
+    x0 = beat.held_out(1000)
+    assert beat.truth.log_density(x0) / LN2 == pytest.approx(math.log2(1 / 5))
+    assert beat.truth.log_density(1 - x0).max() == -np.inf
+    found = model.bound(x0, rng(52), steps=50)
+    assert found["K"] / LN2 == pytest.approx(K_star, abs=0.015 + 4 * found["K_se"] / LN2) and found["K_se"] / LN2 < 0.03
+    if kind == "cosine":
+        samples = model.sample(500, seed=2, batch=500)
+        valid = (samples[:, None] == beat.truth.patterns).all(2)
+        assert valid.any(1).mean() > 0.985
+        assert np.abs(valid.sum(0) / 500 - 0.2).max() < 4 * math.sqrt(0.16 / 500)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Room 3: entropy bounds, and the probability of the model
+# ---------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("variance", [1e-12, 0.3, 1.0])
+def test_entropy_bounds_of_gaussian_data(variance):
+    """Eq. 24 for N(0, variance I) in three dimensions, whose H_q(X_{t-1} | X_t) is in closed form; tight at 0 below, at 1 above."""
+    model = gaussian_model(variance, D=3)
+    q = model.diffusion
+    lower, upper = model.entropy_bounds(np.zeros((4, 3)))
+    t = np.arange(2, 51)
+    at = lambda t: q.alpha_bar[t] * variance + 1 - q.alpha_bar[t]
+    exact = 1.5 * np.log(2 * np.pi * np.e * (at(t - 1) - (1 - q.beta[t]) * at(t - 1) ** 2 / at(t)))
+    assert (lower[2:] <= exact + 1e-9).all() and (exact <= upper[2:] + 1e-9).all()
+    tight_below, tight_above = np.allclose(lower[2:], exact, atol=1e-6), np.allclose(exact, upper[2:], atol=1e-6)
+    assert (tight_below, tight_above) == (variance < 0.1, variance == 1)
+    found = model.bound(math.sqrt(variance) * rng(53).standard_normal((50, 3)), rng(54))
+    np.testing.assert_allclose(found["H_p"][2:], exact, rtol=1e-9)  # the exact kernel has the exact entropy
+
+
+@pytest.mark.parametrize("p0, rate", [(None, 0.5), ([0, 0, 0, 0, 0, 1, 0, 0], 0.5), ([1 / 8] * 8, 0.5), ([0, 1 / 3, 1 / 3, 0, 1 / 3, 0, 0, 0], 1 / 3)])
+def test_entropy_bounds_of_bits(p0, rate):
+    """Eq. 24 for enumerated bits: H_q(X_{t-1} | X_t) over all states lies between; one state is tight below, independent bits above."""
+    model, states, p0, forward, _, _ = bits(rate=rate, p0=None if p0 is None else np.array(p0))
+    lower, upper = model.entropy_bounds(states[np.repeat(np.arange(8), np.round(12_000 * p0).astype(int))])
+    p_t = p0
+    for t in range(1, 5):
+        joint = forward[t] * p_t
+        p_t = joint.sum(1)
+        exact = -(joint * np.log(joint / p_t[:, None] + 1e-300)).sum()
+        if t > 1:
+            assert lower[t] - 1e-3 <= exact <= upper[t] + 1e-3
+            assert (abs(exact - lower[t]) < 1e-9) == (p0.max() == 1) and (abs(exact - upper[t]) < 1e-9) == (p0.max() == 1 / 8)
+
+
+def test_log_likelihood_of_linear_kernels():
+    """With linear Gaussian kernels p(x_0) is a Gaussian in closed form. The estimate converges to it from below, its weights average
+    to it without bias, and one trajectory gives K in the mean."""
+    model = gaussian_model(0.3, T=10)
+    q, mean, variance = model.diffusion, 0.0, 1.0
+    for t in range(10, 0, -1):
+        one, at = np.ones((1, 1)), np.array([t])
+        f_mu, f_sigma = (float(a.ravel()[0]) for a in (q.reverse(one, at, model.kernel.forward(one, at)) if t > 1 else q.kernel(one, at)))
+        variance = f_mu ** 2 * variance + f_sigma
+    x0 = math.sqrt(0.3) * np.array([[0.1], [-1.0], [2.0]])
+    exact = -0.5 * (x0[:, 0] ** 2 / variance + math.log(2 * math.pi * variance))
+    log_w = model.log_weights(x0, 40_000, rng(55), batch=7777)
+    w = np.exp(log_w - exact[:, None])
+    np.testing.assert_allclose(w.mean(1), 1, atol=5 * (w.std(1) / 200).max())
+    assert (w.std(1) / 200).max() < 0.02
+    np.testing.assert_allclose(model.log_likelihood(x0, 40_000, rng(55)), exact, atol=0.1)
+    means = [np.log(np.exp(log_w.reshape(3, -1, S)).mean(2)).mean(1) for S in (1, 4, 16, 400)]
+    assert all((fewer < more).all() for fewer, more in zip(means, means[1:])) and (means[-1] < exact + 0.01).all()
+    # the mean over data of unit variance is K
+    model = gaussian_model(1.0, T=10)
+    model.kernel.moments = data.Mixture([[0.5]], 0.7).moments  # not the exact kernel, so that K is not L
+    x0 = np.tile([[-1.0], [1.0]], (20_000, 1))
+    log_w = model.log_weights(x0, 1, rng(57))
+    found = model.bound(x0, rng(58))
+    assert log_w.mean() == pytest.approx(found["K"], abs=4 * (log_w.std() / 200 + found["K_se"]))
+    assert found["K"] < found["L_null"] - 10 * (log_w.std() / 200 + found["K_se"])
+
+
+@pytest.mark.parametrize("shape, options", [((1, 1, 3), {}), ((4, 6, 2), dict(maps=2, sights=2)), ((4, 4, 1), dict(maps=0, patch=1))])
+def test_gradient_of_K_in_every_beta(shape, options):
+    """The frozen-noise gradient of -K / D against central differences in every beta_t, t = 2..T, the rest of them held."""
+    model = small_model(shape, T=6, stir=0.2, learned=True, **options)
+    q, D = model.diffusion, model.kernel.D
+    model.kernel.slice = model.kernels[1].slice = 3
+    x0 = rng(59).standard_normal((23, D))
+
+    class Given:
+        """In place of the learned schedule: beta itself."""
+
+        beta, of_threads = np.array(q.beta), []
+
+        def forward(self, _):
+            return np.concatenate([[1], np.cumprod(1 - self.beta[1:])])
+
+        def backward(self, dlogsnr):
+            self.of_threads.append(dlogsnr)
+            return 0
+
+    model.learned = given = Given()
+
+    def loss():
+        given.of_threads.clear()
+        kl = model.gradient(x0, 3, 4)[1].mean()
+        return float(kl - q.H_q(6, x0)[0]) / D  # H_q(X_1|X_0) and H_p(X_T) do not depend on beta_2..T
+
+    loss()
+    dlogsnr = sum(given.of_threads)
+    # back through the cumulative product: logsnr_t = log(1 / alpha_bar_t - 1), and alpha_bar_t holds (1 - beta_s) for every s <= t
+    dbeta = np.array([(dlogsnr[s:] / (1 - q.alpha_bar[s:])).sum() / (1 - q.beta[s]) for s in range(2, 7)])
+    for s in range(2, 7):
+        assert dbeta[s - 2] == pytest.approx(quotient(loss, given.beta, np.eye(7)[s], h=1e-5 * given.beta[s]), rel=1e-6), s
+
+
 def test_mixture():
     """Its density integrates to 1, and its moments of x_0 given x_t are those of the joint density, summed on a grid."""
     mixture = data.Mixture([[-1.0], [0.2], [1.5]], 0.3)
@@ -424,8 +725,8 @@ def test_samples_have_the_variance_that_the_kernels_imply():
     q, variance = model.diffusion, 1.0
     for t in range(50, 1, -1):
         one, at = np.ones((1, 1)), np.array([t])
-        f_mu, log_f_sigma = q.reverse(one, at, model.kernel.forward(one, at))
-        variance = f_mu[0, 0] ** 2 * variance + math.exp(log_f_sigma[0, 0])
+        f_mu, f_sigma = q.reverse(one, at, model.kernel.forward(one, at))
+        variance = f_mu[0, 0] ** 2 * variance + f_sigma[0, 0]
     variance = (1 - q.beta[1]) * variance + q.beta[1]
     x, kept = model.sample(20_000, seed=1, batch=20_000, keep=(1, 50))
     assert x.var() == pytest.approx(variance, rel=5 * math.sqrt(2 / 20_000))
@@ -476,8 +777,7 @@ def test_denoising_follows_its_recursion():
     for t in range(50, 0, -1):
         one, at = np.ones((1, 1)), np.array([t])
         if t > 1:
-            f_mu, log_f_sigma = (float(a[0, 0]) for a in q.reverse(one, at, model.kernel.forward(one, at)))
-            f_sigma = math.exp(log_f_sigma)
+            f_mu, f_sigma = (float(a[0, 0]) for a in q.reverse(one, at, model.kernel.forward(one, at)))
         else:
             f_mu, f_sigma = math.sqrt(1 - q.beta[1]), float(q.beta[1])
         pulled, total = product(f_mu * mean, f_sigma)
@@ -636,7 +936,7 @@ def place(tmp_path_factory):
 def test_train_leaves_everything(place):
     for name, figures in [("swissroll", {"figure1.png"}), ("digits", {"samples.png"})]:
         run = place / "runs" / name
-        assert {p.name for p in run.iterdir()} == {"checkpoint.npz", "log.csv", "result.json", "training.png", "kl.png"} | figures
+        assert {p.name for p in run.iterdir()} == {"checkpoint.npz", "log.csv", "result.json", "training.png", "kl.png", "entropy.png"} | figures
         result = json.loads((run / "result.json").read_text())
         assert result["K_bits"] == pytest.approx(-sum(result["kl_bits"]) + result["H_q_T_bits"] - result["H_q_1_bits"] - result["H_p_T_bits"])
         log = np.genfromtxt(run / "log.csv", delimiter=",", names=True)
@@ -886,8 +1186,8 @@ class StandIn:
         self.used.add(name)
         return on_device(getattr(np, name))
 
-    def asarray(self, a):
-        return a if isinstance(a, DeviceArray) else DeviceArray(np.asarray(a))
+    def asarray(self, a, dtype=None):
+        return DeviceArray(np.asarray(a.a if isinstance(a, DeviceArray) else a, dtype))
 
     def Philox4x3210(self, seed):
         return np.random.Philox(np.random.SeedSequence(seed))
@@ -961,8 +1261,8 @@ def test_scripts_on_the_stand_in(dataset, tmp_path, monkeypatch):
 
 
 # Looked up in CuPy 14.2, in cupy, cupy.random and cupy.cuda
-IN_CUPY = set("abs add asarray broadcast_to concatenate cos divide empty empty_like exp full linspace log matmul minimum multiply ones "
-              "sin sqrt stack subtract tanh zeros zeros_like".split())
+IN_CUPY = set("abs add asarray bincount broadcast_to concatenate cos cumsum divide empty empty_like exp expm1 full linspace log log1p matmul "
+              "minimum multiply ones sin sqrt stack subtract tanh zeros zeros_like".split())
 
 
 def test_the_list_of_cupys_names():
