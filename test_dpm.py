@@ -904,6 +904,12 @@ def test_other_data(tmp_path):
     np.savez(tmp_path / "b.npz", train=vectors, test=vectors[:5])
     b = data.load(tmp_path / "b.npz")
     assert b.shape == (1, 1, 6) and not b.bytes and b.edges == () and (b.test == vectors[:5]).all()
+    for binary in (images > 100, (images > 100).astype(int), (images > 100) * 1.0):
+        np.save(tmp_path / "c.npy", binary)
+        c = data.load(tmp_path / "c.npy")
+        assert c.binary and not c.bytes and (c.shift, c.scale, c.mean) == (0, 1, c.train.mean())
+        assert set(np.unique(c.draw(50, rng(60)))) == {0, 1}
+    assert data.load("swissroll:0.01").noise == 0.01
     x = b.normalise(b.train, None)
     assert x.mean() == pytest.approx(0, abs=1e-6) and x.var() == pytest.approx(1, abs=1e-6)
 
@@ -924,26 +930,42 @@ def small_digits():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with small data in it and two trained runs, one of vectors and one of images."""
+    """A folder with small data in it and trained runs: of vectors with a fixed and a learned schedule, of images, of bits."""
     place = tmp_path_factory.mktemp("place")
     np.save(place / "digits.npy", small_digits())
-    for arguments in (("--steps", 300), ("--dataset", "digits.npy", "--steps", 30, "--timesteps", 20, "--batch-size", 16)):
+    for arguments in (("--steps", 300), ("--steps", 300, "--schedule", "learned", "--timesteps", 10, "--out", "runs/learned"),
+                      ("--dataset", "digits.npy", "--steps", 30, "--timesteps", 20, "--batch-size", 16),
+                      ("--dataset", "heartbeat", "--steps", 400, "--timesteps", 100)):
         done = script("train.py", *arguments, cwd=place)
         assert done.returncode == 0, done.stderr
     return place
 
 
 def test_train_leaves_everything(place):
-    for name, figures in [("swissroll", {"figure1.png"}), ("digits", {"samples.png"})]:
+    for name, figures in [("swissroll", {"figure1.png"}), ("learned", {"figure1.png", "schedule.png"}), ("digits", {"samples.png"}), ("heartbeat", {"figure2.png"})]:
         run = place / "runs" / name
         assert {p.name for p in run.iterdir()} == {"checkpoint.npz", "log.csv", "result.json", "training.png", "kl.png", "entropy.png"} | figures
         result = json.loads((run / "result.json").read_text())
         assert result["K_bits"] == pytest.approx(-sum(result["kl_bits"]) + result["H_q_T_bits"] - result["H_q_1_bits"] - result["H_p_T_bits"])
+        assert result["entropy_lower_bits"] < result["entropy_upper_bits"], name
         log = np.genfromtxt(run / "log.csv", delimiter=",", names=True)
         assert log["step"][-1] == result["steps"], name
         assert log["K_minus_L_null_bits"][-15:].mean() > log["K_minus_L_null_bits"][:15].mean(), name
     roll = json.loads((place / "runs" / "swissroll" / "result.json").read_text())
     assert 0 < roll["K_minus_L_null_bits"] and roll["K_bits"] < roll["K_star_bits"] < roll["L_true_bits"] + 0.05
+    for name in ("swissroll", "heartbeat"):
+        r = json.loads((place / "runs" / name / "result.json").read_text())
+        estimates = [r[f"estimate_{S}_bits"] for S in (1, 10, 100, 1000)]
+        assert estimates == sorted(estimates) and estimates[-1] < r["estimate_L_bits"] + 3 * r["L_minus_estimate_1000_bits_se"], name
+        assert estimates[0] == pytest.approx(r["K_bits"], abs=5 * r["estimate_1_bits_se"]), name
+    beat = json.loads((place / "runs" / "heartbeat" / "result.json").read_text())
+    assert beat["L_null_bits"] == pytest.approx(-14.4386, abs=1e-3) and -4.2 < beat["K_bits"] < beat["K_star_bits"] < -2.33
+    with np.load(place / "runs" / "learned" / "checkpoint.npz") as file:  # what the weights say was learned is what is evaluated
+        model = dpm.DPM.load(place / "runs" / "learned" / "checkpoint.npz")
+        learned = dpm.LearnedSchedule(10, 1 - file["alpha_bar"][1]).forward(model.kernel.W["schedule.psi"])
+    np.testing.assert_allclose(model.diffusion.alpha_bar, learned, rtol=1e-12)
+    begun = dpm.LearnedSchedule(10, 1 - learned[1]).forward(np.zeros(10))
+    assert np.abs(np.log(learned / begun)).max() > 0.1
     digits = json.loads((place / "runs" / "digits" / "result.json").read_text())
     assert digits["bits_per_dim"] == pytest.approx(-digits["K_bits"] / 64 + math.log2(digits["scale"]))
     assert digits["bits_per_dim"] < math.log2(digits["scale"]) - digits["L_null_bits"] / 64  # better than a Gaussian
@@ -955,6 +977,34 @@ def test_evaluate_again_is_the_same(place):
     assert done.returncode == 0 and "bits/dim" in done.stdout, done.stderr
     after = json.loads((place / "runs" / "digits" / "result.json").read_text())
     assert after["K_bits"] == before["K_bits"] and after["kl_bits"] == before["kl_bits"]
+
+
+def test_several_runs_are_compared(place):
+    done = script("train.py", "--evaluate", "runs/swissroll", "runs/learned", cwd=place)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    rows = {line[1]: line for line in lines if len(line) == 10 and line[0] == "swissroll"}
+    assert done.returncode == 0 and set(rows) == {"logsnr", "learned"} and (place / "runs" / "comparison.png").exists(), done.stderr
+    r = json.loads((place / "runs" / "learned" / "result.json").read_text())
+    assert float(rows["learned"][4]) == pytest.approx(r["K_bits"], abs=1e-3) and rows["learned"][3] == "10"
+
+
+def test_parzen(place):
+    """The estimate of Table 2 is log mean exp of Gaussians around the samples, at the best width, in bits of pixels in [0, 1]."""
+    model = dpm.DPM.load(place / "runs" / "digits" / "checkpoint.npz")
+    digits = data.load(place / "digits.npy")
+    found = train.parzen_estimate(model, digits, number=30, valid=40)
+    centres = train.to_bytes(model, model.sample(30, seed=1)).reshape(30, 64) / 255
+
+    def by_hand(x, sigma):
+        square = ((x[:, None] / 255 - centres) ** 2).sum(2)
+        density = np.exp(-square / (2 * sigma ** 2)).mean(1) / (2 * np.pi * sigma ** 2) ** 32
+        return np.log2(density)
+
+    widths = np.logspace(-1, 0, 10)
+    sigma = widths[np.argmax([by_hand(digits.train[-40:], s).mean() for s in widths])]
+    expected = by_hand(digits.test, sigma)
+    assert found["parzen_sigma"] == pytest.approx(sigma) and found["parzen_bits"] == pytest.approx(expected.mean(), rel=1e-9)
+    assert found["parzen_bits_se"] == pytest.approx(expected.std() / math.sqrt(len(expected)))
 
 
 def test_sample_script(place):
@@ -1071,7 +1121,11 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
         ("nonsense", "no data set or file"), ("nan.npy", "NaN"), ("constant.npy", "constant"), ("flat.npy", "must be (N, D)"),
         ("ints.npy", "uint8"), ("text.npy", "uint8"), ("few.npy", "at least 20"), ("none.npy", "must be (N, D)"), ("objects.npy", "cannot be read"),
         ("unnamed.npz", "name one of them"), ("unlike.npz", "must agree"), ("cut.npy", "cannot be read"), ("cut.idx", "damaged"),
-        ("cut.gz", "cannot be read"), ("noise.idx", "not an IDX"), ("folder", "no train-images")]]
+        ("cut.gz", "cannot be read"), ("noise.idx", "not an IDX"), ("folder", "no train-images"), ("swissroll:x", "noise of the roll")]]
+    cases += [(["train.py", "--dataset", "heartbeat", *flags], says) for flags, says in [
+        (("--schedule", "learned"), "is binary"), (("--form", "paper"), "is binary"), (("--rate", "1"), "between 0 and 1")]]
+    cases += [(["train.py", "--rate", "0.5"], "--rate is for binary data"), (["train.py", "--schedule", "learned", "--form", "paper"], "needs --form correction"),
+              (["train.py", "--parzen"], "--evaluate DIR"), (["train.py", "--evaluate", place / "runs" / "swissroll", "--parzen"], "images of bytes")]
     cases += [([broken / "train.py", "--dataset", "mnist"], "checksum"),
               (["train.py", "--out", "digits"], "another run"), (["train.py", "--steps", "0"], "must be positive"),
               (["train.py", "--timesteps", "1"], "2 or more"), (["train.py", "--resume", "nowhere"], "no such checkpoint"),
@@ -1242,14 +1296,15 @@ def test_gpu_agrees_with_cpu(xp, shape, tmp_path):
     np.testing.assert_allclose(dpm.to_host(gpu.kernel.grad), cpu.kernel.grad, rtol=1e-6, atol=1e-10)
 
 
-@pytest.mark.parametrize("dataset", ["swissroll", "digits.npy"])
-def test_scripts_on_the_stand_in(dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dataset, flags", [("swissroll", []), ("digits.npy", []), ("heartbeat", []), ("digits.npy", ["--form", "paper"]),
+                                            ("digits.npy", ["--schedule", "learned"])])
+def test_scripts_on_the_stand_in(dataset, flags, tmp_path, monkeypatch):
     """train.py --gpu from data to figures, with the stand-in as cupy: no step of it mixes host and device."""
     cupy = StandIn()
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.chdir(tmp_path)
     np.save("digits.npy", rng(30).integers(0, 256, (40, 6, 6)).astype(np.uint8))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--gpu", "--dataset", dataset, "--steps", "4", "--timesteps", "6", "--batch-size", "8"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--gpu", "--dataset", dataset, "--steps", "4", "--timesteps", "6", "--batch-size", "8", *flags])
     handler = signal.getsignal(signal.SIGINT)
     try:
         train.main()

@@ -42,7 +42,7 @@ COLUMNS = ["step", "seconds", "K_minus_L_null_bits", *QUARTERS]
 # What is right for vectors (H W = 1), for images, and for bits, where no flag says otherwise
 DEFAULTS = {"vector": dict(steps=9500, batch_size=1024, lr=4e-3, timesteps=40, schedule="logsnr"),
             "image": dict(steps=11000, batch_size=128, lr=6e-3, timesteps=1000, schedule="logsnr")}
-BITS = {"vector": dict(steps=6000, batch_size=512, lr=4e-3, timesteps=2000, schedule="cosine"),
+BITS = {"vector": dict(steps=12000, batch_size=512, lr=4e-3, timesteps=2000, schedule="cosine"),
         "image": dict(steps=6000, batch_size=128, lr=4e-3, timesteps=1000, schedule="cosine")}
 KERNELS = {"vector": dict(maps=0, upper=128, upper_layers=3, scales=(0, 1, 2, 3, 4, 5)),
            "image": dict(width=256, layers=4, maps=4, sights=8, upper=64, upper_layers=2, scales=(1, 3, 5), patch=3)}
@@ -223,7 +223,7 @@ def evaluate(path, gpu, parzen=False):
         L = truth.log_density(x0)
         result |= mean_and_se("K_star_minus_K", best["K_each"] - ours["K_each"]) | mean_and_se("L_true", L)
         result |= dict(K_star_bits=result["K_bits"] + result["K_star_minus_K_bits"], K_star_bits_se=result["K_bits_se"])
-        log_w = model.log_weights(x0[:max(5, min(200, 8000 // T))], 1000, dpm.generator(np, "estimates"))
+        log_w = model.log_weights(x0[:max(5, min(100, 8000 // T))], 1000, dpm.generator(np, "estimates"))
         L = L[:len(log_w)]
         result |= dict(estimate_examples=len(log_w), estimate_L_bits=float(L.mean()) / LN2)
         for S in (1, 10, 100, 1000):

@@ -41,9 +41,8 @@ class Mixture:
         self.centres, self.sigma = np.asarray(centres, np.float64), float(sigma)
 
     def _log_weights(self, x, shrink, variance):
-        """log N(x; shrink centre, variance I) for every centre, (n, M)."""
-        c = shrink * self.centres
-        square = (x ** 2).sum(1)[:, None] - 2 * x @ c.T + (c ** 2).sum(1)
+        """log N(x; shrink centre, variance I) for every centre, (n, M); shrink and variance are numbers or columns (n, 1)."""
+        square = (x ** 2).sum(1)[:, None] - 2 * shrink * (x @ self.centres.T) + shrink ** 2 * (self.centres ** 2).sum(1)
         return -square / (2 * variance) - 0.5 * x.shape[1] * np.log(2 * np.pi * variance)
 
     def log_density(self, x):
@@ -53,14 +52,13 @@ class Mixture:
         return np.concatenate(parts) - np.log(len(self.centres))
 
     def moments(self, x, alpha_bar):
-        """Mean and variance of every coordinate of x_0 given x_t = x (n, D), at one noise level alpha_bar."""
+        """Mean and variance of every coordinate of x_0 given x_t = x (n, D), at the noise level alpha_bar, a number or (n, 1)."""
         variance = alpha_bar * self.sigma ** 2 + 1 - alpha_bar
         gain = np.sqrt(alpha_bar) * self.sigma ** 2 / variance
         weights = softmax(self._log_weights(x, np.sqrt(alpha_bar), variance), axis=1)
-        shrunk = (1 - gain * np.sqrt(alpha_bar)) * self.centres
-        mean = weights @ shrunk
-        spread = np.maximum(weights @ shrunk ** 2 - mean ** 2, 0)
-        return mean + gain * x, spread + self.sigma ** 2 * (1 - alpha_bar) / variance
+        shrunk, mean = 1 - gain * np.sqrt(alpha_bar), weights @ self.centres
+        spread = np.maximum(weights @ self.centres ** 2 - mean ** 2, 0)
+        return shrunk * mean + gain * x, shrunk ** 2 * spread + self.sigma ** 2 * (1 - alpha_bar) / variance
 
 
 class Patterns:
@@ -75,10 +73,9 @@ class Patterns:
             return np.log((x[:, None] == self.patterns).all(2).mean(1))
 
     def moments(self, x, alpha_bar, rate):
-        """(E[x_0 | x_t = x],), (n, D), where each bit was kept with probability alpha_bar or else drawn from B(rate)."""
-        one = alpha_bar * self.patterns + rate * (1 - alpha_bar)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            log_weights = x @ np.log(one).T + (1 - x) @ np.log(1 - one).T
+        """(E[x_0 | x_t = x],), (n, D), where each bit was kept with probability alpha_bar, a number or (n, 1), or else drawn from B(rate)."""
+        zero, one = rate * (1 - alpha_bar), alpha_bar + rate * (1 - alpha_bar)  # the probabilities of a one in x_t
+        log_weights = np.log(one / zero) * (x @ self.patterns.T) + np.log((1 - one) / (1 - zero)) * ((1 - x) @ self.patterns.T)
         return (softmax(log_weights, axis=1) @ self.patterns,)
 
 
