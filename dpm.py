@@ -12,7 +12,7 @@ Run backwards, a small enough step is again a Gaussian, so a network that learns
 is a generative model: draw x_T from pi = N(0, I), then step t = T..1. Its log likelihood has a lower bound K, a sum of
 entropies and of KL divergences between Gaussians, each in closed form (eq. 14). K is what is trained and what is reported.
 
-    room 1   schedules and the diffusion     schedule, Gaussian             what q and p are
+    room 1   schedules, diffusions, r        schedule, Gaussian, Binomial, Observation   what q and p are
     room 2   the reverse kernel              MLP, Kernel, Adam              how f_mu and f_sigma are learned
     room 3   the model                       DPM                            the bound K, its gradient, sampling, p(x_0) r(x_0)
 
@@ -36,7 +36,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from scipy.special import entr, expit, logit, logsumexp
+from scipy.special import entr, expit, logit, logsumexp, softmax
 
 FORMAT = 2  # of the checkpoint file
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -329,15 +329,47 @@ class Gaussian:
         """Of N(mean, variance), (n,)."""
         return (0.5 * self.xp.log(2 * math.pi * math.e * variance)).sum(1)
 
-    def multiply(self, f_mu, f_sigma, r):
-        """The normalised product of N(f_mu, f_sigma) and r, eq. 22, Table App.1: its mean and variance.
+    def observed(self, r, t, how):
+        """The Observation r as it stands at t, a Gaussian in x_t: its mean and its variance, 0 where known, inf where not. See Posterior.
 
-        r is an Observation, a Gaussian in x with mean y and standard deviation sigma for every coordinate. With the gain
-        g = f_sigma / (f_sigma + sigma^2): mean (1 - g) f_mu + g y, variance (1 - g) f_sigma. sigma = 0 says that a
-        coordinate is known (g = 1, the product is a delta at y), sigma = inf that nothing is (g = 0).
+        diffused: r carried by the diffusion, r_t(x_t) = E[r(x_0) | x_t] under pi, where x_0 ~ N(sqrt(alpha_bar_t) x_t, 1 - alpha_bar_t)
         """
-        g = f_sigma / (f_sigma + r.sigma ** 2)
-        return (1 - g) * f_mu + g * r.y, (1 - g) * f_sigma
+        y, variance = r.y, r.sigma ** 2
+        if how == "annealed":
+            variance = variance * (self.T / (self.T - t)) if t < self.T else self.xp.full(variance.shape, math.inf)
+        elif how == "diffused":
+            a = max(float(self.alpha_bar[t]), 1e-300)
+            y, variance = y / math.sqrt(a), (variance + 1 - a) / a
+        return y, variance
+
+    def multiply(self, f_mu, f_sigma, y, variance):
+        """The product of N(f_mu, f_sigma) and exp(-(x - y)^2 / 2 variance), eq. 22, Table App.1: its mean and variance, and the log of
+        what it integrates to, which eq. 22 divides by, (n,), but for a constant.
+
+        With the gain g = f_sigma / (f_sigma + variance): mean (1 - g) f_mu + g y, variance (1 - g) f_sigma. variance = 0 says
+        that a coordinate is known (g = 1, the product is a delta at y), inf that nothing is (g = 0).
+        """
+        xp, total = self.xp, f_sigma + variance
+        g = f_sigma / total
+        log_Z = xp.where(xp.isinf(variance), 0.0, (f_mu - y) ** 2 / total + xp.log(total))
+        return ((1 - g) * f_mu + g * y, (1 - g) * f_sigma), -0.5 * log_Z.sum(1)
+
+    def log_observed(self, x, y, variance):
+        """log r_t(x), (n,), of what multiply multiplied with; 0 for a delta, where x is y."""
+        return -0.5 * self.xp.where(variance > 0, (x - y) ** 2 / self.xp.where(variance > 0, variance, 1.0), 0.0).sum(1)
+
+    def tilt(self, f_mu, f_sigma, g):
+        """The perturbed kernel for any r, eq. 61: N(f_mu + f_sigma g, f_sigma), with g the gradient of log r at f_mu."""
+        return f_mu + f_sigma * g, f_sigma
+
+    def log_untilted(self, x, f_mu, f_sigma, g):
+        """log N(x; f_mu, f_sigma) - log N(x; f_mu + f_sigma g, f_sigma), (n,)."""
+        return (0.5 * f_sigma * g ** 2 - (x - f_mu) * g).sum(1)
+
+    def expected(self, x, t):
+        """E[x_0 | x_t = x] under pi, sqrt(alpha_bar_t) x, and its slope."""
+        slope = math.sqrt(float(self.alpha_bar[t]))
+        return slope * x, slope
 
     def _H(self, variance, x0):
         return self.xp.full(len(x0), x0.shape[1] * 0.5 * math.log(2 * math.pi * math.e * variance))
@@ -470,6 +502,46 @@ class Binomial:
         """The part of x_0 in H_q(X_t | X_{t-1}), one t >= 1, (n,)."""
         return self._H(self._keep(x0, float(self.alpha_bar[t - 1])), 1 - float(self.beta[t]))
 
+    def observed(self, r, t, how):
+        """The Observation r as it stands at t, as log r_t(0) and log r_t(1) for every bit, the larger of them 0. See Posterior.
+
+        diffused: r_t(x_t) = E[r(x_0) | x_t] under pi, where x_0 = 1 with probability alpha_bar_t x_t + rate (1 - alpha_bar_t)
+        """
+        xp = self.xp
+        known = r.sigma == 0
+        if bool((known & (r.y != 0) & (r.y != 1)).any()):
+            raise InputError("a known bit must be 0 or 1")
+        log_r = [-xp.where(known, xp.where(r.y == x, 0.0, math.inf), 0.5 * ((x - r.y) / xp.where(known, 1.0, r.sigma)) ** 2) for x in (0, 1)]
+        if how == "annealed":
+            log_r = [l * ((self.T - t) / self.T) for l in log_r] if t < self.T else [xp.zeros(r.y.shape)] * 2
+        elif how == "diffused":
+            a = float(self.alpha_bar[t])
+            log_r = [xp.log(xp.exp(log_r[1]) * self._keep(x, a) + xp.exp(log_r[0]) * (1 - self._keep(x, a))) for x in (0, 1)]
+        top = xp.maximum(*log_r)
+        return tuple(l - top for l in log_r)
+
+    def multiply(self, f, log_r0, log_r1):
+        """The product of B(f) and r, Table App.1 with what normalises it: f r(1) / (f r(1) + (1 - f) r(0)), and the log of the denominator."""
+        one, zero = f * self.xp.exp(log_r1), (1 - f) * self.xp.exp(log_r0)
+        return (one / (one + zero),), self.xp.log(one + zero).sum(1)
+
+    def log_observed(self, x, log_r0, log_r1):
+        """log r_t(x), (n,), of what multiply multiplied with."""
+        return self.xp.where(x == 1, log_r1, log_r0).sum(1)
+
+    def tilt(self, f, g):
+        """The perturbed kernel for any r: log odds moved by g, the gradient of log r at f; exact where log r is linear in x."""
+        return (f / (f + (1 - f) * self.xp.exp(-g)),)
+
+    def log_untilted(self, x, f, g):
+        """log B(x; f) - log B(x; tilted f), (n,)."""
+        return (self.xp.log(f * self.xp.exp(g) + 1 - f) - x * g).sum(1)
+
+    def expected(self, x, t):
+        """E[x_0 | x_t = x] under pi, alpha_bar_t x + rate (1 - alpha_bar_t), and its slope."""
+        slope = float(self.alpha_bar[t])
+        return self._keep(x, slope), slope
+
     def _log_independent(self, x, rate):
         ones = x.sum(1)
         return ones * math.log(rate) + (x.shape[1] - ones) * math.log(1 - rate)
@@ -484,10 +556,11 @@ class Binomial:
 
 
 class Observation:
-    """r(x) = N(x; y, sigma^2) for the posterior p(x_0) r(x_0): y (n, D) or (D,), sigma >= 0 of the same or a smaller shape, in
-    units of the normalised data. sigma = 0 clamps a coordinate (inpainting), sigma = inf leaves it free, in between it denoises.
+    """r(x) = exp(-(x - y)^2 / 2 sigma^2) for the posterior p(x_0) r(x_0): y (n, D) or (D,), sigma >= 0 of the same or a smaller shape,
+    in units of the normalised data. sigma = 0 clamps a coordinate (a delta: inpainting), sigma = inf leaves it free, in between it denoises.
 
-    InputError where y or sigma is NaN, sigma is negative, y is not finite where it counts, or the shapes do not fit."""
+    InputError where y or sigma is NaN, sigma is negative, y is not finite where it counts, the shapes do not fit, or there is nothing
+    to know or nothing to draw."""
 
     def __init__(self, y, sigma, xp=np):
         y, sigma = np.asarray(y, np.float64), np.asarray(sigma, np.float64)
@@ -499,14 +572,99 @@ class Observation:
             raise InputError("the noise of an observation must be 0 (known), positive, or inf (unknown)")
         if not np.isfinite(y[np.isfinite(sigma)]).all():
             raise InputError("an observation is NaN or infinite where it is said to be known")
+        if np.isinf(sigma).all() or not sigma.any():
+            raise InputError(f"nothing is {'unknown' if sigma.size and not sigma.any() else 'known'} in an observation: its noise is the same everywhere")
         self.y, self.sigma = xp.asarray(np.where(np.isfinite(sigma), y, 0)), xp.asarray(sigma)
 
-    def rows(self, s):
-        """The same observation of the examples in slice s only."""
+
+class Function:
+    """Any r of your own: log_r(x) gives log r (n,) and gradient(x) its gradient (n, D), for x (n, D) in units of the normalised data
+    (data = x scale + shift), float64 on the model's device."""
+
+    def __init__(self, log_r, gradient):
+        self._log_r, self._gradient = log_r, gradient
+
+    def _checked(self, value, shape, what):
+        if getattr(value, "shape", None) != shape:
+            raise InputError(f"{what} of your r returns {getattr(value, 'shape', type(value).__name__)} where an array of shape {shape} is needed")
+        if not bool((value * 0 == 0).all()):
+            raise InputError(f"{what} of your r returns NaN or infinite values")
+        return value
+
+    def log_r(self, x):
+        return self._checked(self._log_r(x), x.shape[:1], "log_r")
+
+    def gradient(self, x):
+        return self._checked(self._gradient(x), x.shape, "gradient")
+
+
+class Posterior:
+    """p(x_0) r(x_0) as a reverse process (eqs. 16-23): each of its distributions p(x_{t-1} | x_t) times r_{t-1}(x_{t-1}), normalised.
+
+    r is an Observation, a Function, or a list of them, which stands for their product. What r_t is along the way, with r_0 = r:
+
+        constant   r_t = r                                                eq. 23
+        annealed   r_t = r^((T - t) / T)                                  section 2.5
+        diffused   r_t(x_t) = E[r(x_0) | x_t] under pi                    r as it looks through the noise of t; of a Function, r(E[x_0 | x_t])
+
+    Eq. 22 divides each product by Z_{t-1}(x_t) = int p(x_{t-1} | x_t) r_{t-1}(x_{t-1}) and goes on as if that were r_t(x_t). What is left,
+    Z_{t-1}(x_t) / r_t(x_t), is the weight of this step: with it, a crowd of particles is exact, whatever the r_t are in between.
+    """
+
+    def __init__(self, diffusion, r, how):
+        if how not in ("constant", "annealed", "diffused"):
+            raise InputError(f"no r-schedule '{how}': choose constant, annealed or diffused")
+        r = list(r) if isinstance(r, (list, tuple)) else [r]
+        self.q, self.how = diffusion, how
+        self.observations = [o for o in r if isinstance(o, Observation)]
+        self.functions = [f for f in r if isinstance(f, Function)]
+        if len(self.observations) + len(self.functions) < max(1, len(r)):
+            raise InputError("r must be an Observation, a Function, or a list of them")
+
+    def check(self, number, D):
+        for o in self.observations:
+            if o.y.ndim not in (1, 2) or o.y.shape[-1] != D or o.y.ndim == 2 and len(o.y) != number:
+                raise InputError(f"an observation of shape {o.y.shape} does not fit {number} samples of {D} dimensions")
+
+    def rows(self, s, particles):
+        """The same for the samples in slice s only, each of them `particles` times."""
         part = copy.copy(self)
-        if self.y.ndim == 2:
-            part.y, part.sigma = self.y[s], self.sigma[s]
+        part.observations = [copy.copy(o) for o in self.observations]
+        for o in part.observations:
+            if o.y.ndim == 2:
+                o.y, o.sigma = (a[s].repeat(particles, axis=0) for a in (o.y, o.sigma))
         return part
+
+    def _seen(self, x, t):
+        """Where the Functions look for x_t, and what multiplies their logs and, on top of that, their gradients."""
+        if self.how == "diffused":
+            x, slope = self.q.expected(x, t)
+            return x, 1.0, slope
+        return x, (1 - t / self.q.T if self.how == "annealed" else 1.0), 1.0
+
+    def log_r(self, x, t):
+        """log r_t(x), (n,), but for a constant."""
+        total = self.q.xp.zeros(len(x))
+        for o in self.observations:
+            total += self.q.log_observed(x, *self.q.observed(o, t, self.how))
+        seen, power, _ = self._seen(x, t)
+        for f in self.functions:
+            total += power * f.log_r(seen)
+        return total
+
+    def draw(self, p, t, noise):
+        """x_t from p(x_t | .) r_t(x_t) / Z_t, and log Z_t (n,); for a Function, which moves the mean only, the weight that corrects this draw."""
+        q, log_Z = self.q, self.q.xp.zeros(len(noise))
+        for o in self.observations:
+            p, z = q.multiply(*p, *q.observed(o, t, self.how))
+            log_Z += z
+        if not self.functions:
+            return q.step(*p, noise), log_Z
+        seen, power, slope = self._seen(p[0], t)
+        g = power * slope * sum(f.gradient(seen) for f in self.functions)
+        x = q.step(*q.tilt(*p, g), noise)
+        seen, power, _ = self._seen(x, t)
+        return x, log_Z + q.log_untilted(x, *p, g) + power * sum(f.log_r(seen) for f in self.functions)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -940,6 +1098,11 @@ def stratified(number, T, u):
     return np.minimum(t, T)  # (i + u) / n (T - 1) can round up to T - 1, which would be step T + 1
 
 
+def pick(w, points):
+    """Which particle's share of [0, 1) each of the points (n, P) lies in, for particles with weights w (n, N) that sum to one: (n, P)."""
+    return np.stack([np.minimum(np.searchsorted(np.cumsum(w_n), points_n, side="right"), w.shape[1] - 1) for w_n, points_n in zip(w, points)])
+
+
 class DPM:
     """A diffusion and a kernel; with them the data's shift and scale, so that samples can be given in the data's units.
 
@@ -957,6 +1120,14 @@ class DPM:
         if "schedule.psi" in getattr(kernel, "W", ()):
             self.learned = LearnedSchedule(self.T, 1 - float(diffusion.alpha_bar[1]), self.xp)
             diffusion.set(self.learned.forward(kernel.W["schedule.psi"]))
+
+    def raw(self, x):
+        """Normalised values in the data's units."""
+        return x * self.scale + self.shift
+
+    def normal(self, raw):
+        """Values in the data's units, normalised."""
+        return (raw - self.shift) / self.scale
 
     def _deal(self, work, n):
         """work(kernel, rows, thread) in every thread for its share of n examples."""
@@ -1105,37 +1276,60 @@ class DPM:
             idle.grad[...] = 0
         return t, (self.T - 1) * parts
 
-    def sample(self, number, seed=0, r=None, batch=64, keep=(), progress=lambda steps: steps):
-        """Samples (number, D) from p(x_0), or, for an Observation r of (number, D) or (D,), from p(x_0) r(x_0) (eqs. 4, 5 and 22).
+    def sample(self, number, seed=0, r=None, how="constant", particles=1, batch=64, keep=(), progress=lambda steps: steps):
+        """Samples (number, D) from p(x_0), or from p(x_0) r(x_0) for an r as Posterior takes it, an Observation's y (number, D) or (D,).
 
-        x_T ~ pi, then x_{t-1} ~ p(x_{t-1} | x_t) for t = T..2 and the fixed first step (eq. 44): true draws, not means. r, constant
-        along the trajectory (eq. 23), multiplies every one of these distributions; like the paper, this drops what each product
-        integrates to, so that posterior samples are approximate. Sample k has its own noise, from (seed, k), on every device and
-        in every batch: it is the same to within rounding. keep: times whose x_t are wanted too; then the result is
-        (samples, {t: x_t}).
+        x_T ~ pi, then x_{t-1} ~ p(x_{t-1} | x_t) for t = T..2 and the fixed first step (eqs. 4, 5 and 44): true draws, not means. r
+        multiplies every one of these distributions by r_t, see Posterior; one particle drops what each product integrates to, as
+        the paper does. More of them for every sample carry it as a weight, are drawn anew by their weights where the effective number
+        falls below a half (systematic resampling), and the sample is one of them: exact in the limit of many, each at the cost of a sample.
+
+        Sample k has its own noise, from (seed, k), on every device and in every batch of `batch` chains: it is the same to within
+        rounding. keep: times whose x_t are wanted too; then the result is (samples, {t: x_t}), of the particles that led to them.
         """
-        xp, q, D = self.xp, self.diffusion, self.kernel.D
-        if r is not None and (r.y.shape[-1] != D or r.y.ndim > 2 or r.y.ndim == 2 and len(r.y) != number):
-            raise InputError(f"an observation of shape {r.y.shape} does not fit {number} samples of {D} dimensions")
+        xp, q, D, N = self.xp, self.diffusion, self.kernel.D, particles
+        posterior = None if r is None else Posterior(q, r, how)
+        if posterior:
+            posterior.check(number, D)
+        if N < 1 or N > 1 and not posterior:
+            raise InputError(f"particles weigh an r: {N} of them need one" if N > 1 else f"there must be 1 particle or more, not {N}")
+        batch = max(1, batch // N)
         parts, kept = [], {t: [] for t in keep}
         steps = iter(progress(range(self.T * -(-number // batch))))
         for start in range(0, number, batch):
             rngs = [generator(np, "sample", seed, k) for k in range(start, min(start + batch, number))]
-            r_part = r and r.rows(slice(start, start + batch))
+            part = posterior and posterior.rows(slice(start, start + batch), N)
+            log_w, past = np.zeros((len(rngs), N)), {}
 
-            def draw(*p):
-                if r_part is not None:
-                    p = q.multiply(*p, r_part)
-                return q.step(*p, xp.asarray(np.stack([q.noise(D, rng) for rng in rngs])))
+            def draw(p, t):
+                noise = xp.asarray(np.concatenate([q.noise((N, D), rng) for rng in rngs]))
+                return part.draw(p, t, noise) if part else (q.step(*p, noise), 0.0)
 
-            x = draw(*(xp.full((len(rngs), D), parameter) for parameter in q.pi))
+            x, _ = draw(tuple(xp.full((len(rngs) * N, D), parameter) for parameter in q.pi), self.T)
             for t in range(self.T, 0, -1):
                 if t in kept:
-                    kept[t].append(x)
+                    past[t] = x
                 next(steps)
                 t_x = xp.full(len(x), t)
-                x = draw(*(q.reverse(x, t_x, self.forward(x, t_x)) if t > 1 else q.kernel(x, t_x)))
+                p = q.reverse(x, t_x, self.forward(x, t_x)) if t > 1 else q.kernel(x, t_x)
+                before = part.log_r(x, t) if N > 1 else None
+                x, log_Z = draw(p, t - 1)
+                if N > 1:
+                    log_w += to_host(log_Z - before).reshape(log_w.shape)
+                    w, u = softmax(log_w, axis=1), np.array([[rng.random()] for rng in rngs])
+                    low = 1 / (w ** 2).sum(1) < N / 2
+                    if t == 1:
+                        chosen = pick(w, u)
+                    elif low.any():
+                        chosen = np.where(low[:, None], pick(w, (np.arange(N) + u) / N), np.arange(N))
+                        log_w[low] = 0
+                    else:
+                        continue
+                    rows = xp.asarray((chosen + N * np.arange(len(rngs))[:, None]).ravel())
+                    x, past = x[rows], {s: xs[rows] for s, xs in past.items()}
             parts.append(x)
+            for s, xs in past.items():
+                kept[s].append(xs)
         next(steps, None)  # lets a progress bar close
         samples = xp.concatenate(parts)
         return (samples, {t: xp.concatenate(xs) for t, xs in kept.items()}) if keep else samples

@@ -1,22 +1,28 @@
-"""Sample from a trained model, or from its product with what is known: posterior samples, by one mechanism.
+"""Sample from a trained model, or from its product with any r that says what is known: posterior samples, by one mechanism.
 
     python sample.py                                 # the newest run, else the MNIST model that ships with the program
     python sample.py --checkpoint runs/mnist --number 100
     python sample.py --inpaint                       # the left half of test images is missing; also right, top, bottom, center
+    python sample.py --inpaint 0.8                   # 80 % of the pixels are, at random
     python sample.py --inpaint mask.png              # your own mask, white where a pixel is missing
+    python sample.py --inpaint --input photo.png     # your own picture in place of test images
     python sample.py --denoise 1.0                   # test images under noise of the data's own standard deviation
+    python sample.py --inpaint --particles 16        # weighed samples: slower, and exact in the limit
+    python sample.py --trajectory --gif              # how they came about
 
 Writes a picture and an .npz with the arrays behind it, in the data's units: samples, and for a posterior truth, given, unknown.
 """
 import dpm  # first: it keeps BLAS to one thread, before numpy starts it
 
 import argparse
+import math
 import pathlib
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+import data
 import train
 
 SHIPPED = pathlib.Path(__file__).parent / "data" / "mnist" / "model.npz"
@@ -27,13 +33,21 @@ def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--checkpoint", metavar="FILE|DIR", help="a checkpoint or a run's directory (default: the newest run, else the shipped MNIST model)")
     p.add_argument("--number", type=int, help="how many samples (default: 64), or how many test images to inpaint or denoise (8)")
-    what = p.add_mutually_exclusive_group()
-    what.add_argument("--inpaint", metavar="PART|MASK", nargs="?", const="left",
-                      help="draw what is missing: left (default), right, top, bottom, center, or a picture that is white where pixels are missing")
-    what.add_argument("--denoise", metavar="SIGMA", type=float, help="draw what is under noise of this standard deviation, in units of the data's")
     p.add_argument("--seed", type=int, default=0, help="sample k depends on the seed and on k alone (default: %(default)s)")
     p.add_argument("--out", metavar="NAME", help="writes NAME.png and NAME.npz (default: runs/samples, runs/inpaint or runs/denoise)")
     p.add_argument("--gpu", action=argparse.BooleanOptionalAction, help="compute with CuPy on a GPU, or not (default: if there is one)")
+    p.add_argument("--trajectory", action="store_true", help="also a strip of x_t from t = T to 0, NAME-trajectory.png")
+    p.add_argument("--gif", action="store_true", help="also the way from noise to samples, NAME.gif")
+    g = p.add_argument_group("posterior samples, from p(x) r(x)")
+    what = g.add_mutually_exclusive_group()
+    what.add_argument("--inpaint", metavar="PART|FRACTION|MASK", nargs="?", const="left",
+                      help="draw what is missing: left (default), right, top, bottom, center, a fraction of the pixels at random, "
+                           "or a picture that is white where pixels are missing")
+    what.add_argument("--denoise", metavar="SIGMA", type=float, help="draw what is under noise of this standard deviation, in units of the data's")
+    g.add_argument("--input", metavar="FILE", nargs="+", help="pictures to complete, or, already noisy, to denoise, in place of test images")
+    g.add_argument("--particles", metavar="N", type=int, default=1, help="weighed particles for each sample; 1 is the paper's sampler (default: %(default)s)")
+    g.add_argument("--r-schedule", choices=["constant", "annealed", "diffused"], help="what r is at time t, see dpm.Posterior "
+                   "(default: constant, with particles diffused)")
     return p.parse_args()
 
 
@@ -44,20 +58,28 @@ def find_checkpoint(given):
     return runs[-1] if runs else SHIPPED
 
 
-def missing(part, shape):
+def missing(part, shape, seed=0):
     """What is to be drawn anew, (D,) bool, for examples of shape (H, W, C). A vector counts as one row of D pixels."""
     H, W, C = shape if shape[:2] != (1, 1) else (1, shape[2], 1)
     row, column = np.arange(H)[:, None], np.arange(W)[None, :]
     parts = dict(left=column < W // 2, right=column >= W - W // 2, top=row < H // 2, bottom=row >= H - H // 2,
                  center=(np.abs(2 * row - H + 1) < H / 2) & (np.abs(2 * column - W + 1) < W / 2))
+    try:
+        fraction = float(part)
+    except ValueError:
+        fraction = None
     if part in parts:
         unknown = np.broadcast_to(parts[part], (H, W))
+    elif fraction is not None:
+        if not 0 < fraction < 1:
+            raise dpm.InputError(f"--inpaint {part}: a fraction of the pixels lies between 0 and 1")
+        unknown = dpm.generator(np, "mask", seed).permutation(H * W).reshape(H, W) < round(fraction * H * W)
     else:
         try:
             with Image.open(part) as picture:
                 unknown = np.asarray(picture.convert("L")) > 127
         except (FileNotFoundError, IsADirectoryError):
-            raise dpm.InputError(f"--inpaint {part}: neither {', '.join(parts)} nor a mask picture") from None
+            raise dpm.InputError(f"--inpaint {part}: neither {', '.join(parts)}, nor a fraction, nor a mask picture") from None
         except (UnidentifiedImageError, OSError):
             raise dpm.InputError(f"--inpaint {part}: not a picture that can be read") from None
         if unknown.shape != (H, W):
@@ -67,67 +89,148 @@ def missing(part, shape):
     return np.repeat(unknown.ravel(), C)
 
 
-def posterior(model, args, number):
-    """truth (number, D), given, what was done to it, unknown (D,) or None, and samples (number, DRAWS, D); normalised units."""
-    dataset = train.load_for(model)
-    truth = dataset.held_out(number, seed=args.seed)
-    if len(truth) < number:
-        raise dpm.InputError(f"--number {number}: {dataset.name} has only {len(truth)} test examples")
+def to_complete(model, dataset, args, number):
+    """Normalised examples (number, D): test examples, or the user's pictures."""
+    if not args.input:
+        truth = dataset.held_out(number, seed=args.seed)
+        if len(truth) < number:
+            raise dpm.InputError(f"--number {number}: {dataset.name} has only {len(truth)} test examples")
+        return truth
+    if not dataset.bytes or model.kernel.pixels == 1:
+        raise dpm.InputError(f"--input takes pictures, and {dataset.name} is not made of pictures")
+    pictures = data.read_pictures(args.input, dataset.shape)[:args.number]
+    return dataset.normalise(pictures.reshape(len(pictures), -1), dpm.generator(np, "input", args.seed))
+
+
+def posterior(model, dataset, args, truth):
+    """given, what was done to the truth (number, D), unknown (D,) or None, and the r that says so, for DRAWS samples of each; normalised units."""
     if args.inpaint:
-        unknown = missing(args.inpaint, dataset.shape)
+        unknown = missing(args.inpaint, dataset.shape, args.seed)
         given, sigma = np.where(unknown, np.nan, truth), np.where(unknown, np.inf, 0)
     else:
         unknown, sigma = None, args.denoise
-        given = truth + sigma * dpm.generator(np, "observation", args.seed).standard_normal(truth.shape)
-    r = dpm.Observation(np.repeat(given, DRAWS, 0), sigma, model.xp)
-    samples = dpm.to_host(model.sample(number * DRAWS, args.seed, r, progress=lambda s: tqdm(s, desc="reverse steps")))
-    return truth, given, unknown, samples.reshape(number, DRAWS, -1)
+        noise = 0 if args.input else sigma * dpm.generator(np, "observation", args.seed).standard_normal(truth.shape)
+        given = truth + noise
+    return given, unknown, dpm.Observation(np.repeat(given, DRAWS, 0), sigma, model.xp)
+
+
+def nearest(dataset, x):
+    """The training examples nearest to x (n, D), and their root mean square distance (n,), normalised units."""
+    best, found = np.full(len(x), np.inf), np.zeros_like(x)
+    for i in range(0, len(dataset.train), 4096):
+        block = dataset.normalise(dataset.train[i:i + 4096], dpm.generator(np, "nearest", i), np.float32)
+        square = (x ** 2).sum(1)[:, None] - 2 * x @ block.T + (block ** 2).sum(1)
+        j = square.argmin(1)
+        closer = square[np.arange(len(x)), j] < best
+        best[closer], found[closer] = square[np.arange(len(x)), j][closer], block[j[closer]]
+    return found, np.sqrt(np.maximum(best, 0) / x.shape[1])
+
+
+def report(model, args, truth, given, unknown, samples):
+    """What can be measured of posterior samples (number, DRAWS, D)."""
+    mean, deviation = samples.mean(1), "in units of the data's deviation"
+    if unknown is not None:
+        change = np.abs(samples[:, :, ~unknown] - truth[:, None, ~unknown]).max()
+        print(f"known values: changed by {change:g}; missing ones: {samples[:, :, unknown].std(1).mean():.3f} apart between samples, {deviation}")
+    if args.input and unknown is None:
+        return  # the pictures came noisy, and nobody knows the truth
+    where = slice(None) if unknown is None else unknown
+    error = lambda x: math.sqrt(((x - truth)[:, where] ** 2).mean())
+    psnr = lambda x: f", PSNR {20 * math.log10(255 / (error(x) * model.scale)):.1f} dB" if model.about["bytes"] else ""
+    print(f"root mean square error, {deviation}: mean of {DRAWS} samples {error(mean):.3f}{psnr(mean)}; one sample {error(samples[:, 0]):.3f}{psnr(samples[:, 0])}"
+          + (f"; given {error(given):.3f}{psnr(given)}" if unknown is None else ""))
+
+
+def picture_of(model, columns):
+    """A function from normalised examples (n, D), NaN where missing, to a picture in rows of `columns`; a vector of bits is a row of pixels."""
+    bits = model.kernel.pixels == 1 and model.about["binary"]
+
+    def draw(x):
+        if model.kernel.pixels == 1 and not bits:
+            return train.points_picture({"": x})
+        pictures = train.to_bytes(model, np.nan_to_num(x), (1, -1, 1) if bits else None)
+        pictures[np.isnan(x).reshape(pictures.shape)] = 128
+        return train.grid(pictures, columns, zoom=8 if bits else 3)
+
+    return draw
 
 
 def main():
     args = arguments()
-    number = args.number if args.number is not None else 8 if args.inpaint or args.denoise is not None else 64
-    if number < 1 or args.seed < 0 or args.denoise is not None and not 0 < args.denoise < np.inf:
-        raise dpm.InputError("--number and --denoise must be positive, --seed must not be negative")
+    mode = "inpaint" if args.inpaint else "samples" if args.denoise is None else "denoise"
+    number = args.number if args.number is not None else 64 if mode == "samples" else 8
+    if number < 1 or args.seed < 0 or args.particles < 1 or args.denoise is not None and not 0 < args.denoise < np.inf:
+        raise dpm.InputError("--number, --particles and --denoise must be positive, --seed must not be negative")
+    if mode == "samples" and (args.input or args.r_schedule or args.particles > 1):
+        raise dpm.InputError("--input, --particles and --r-schedule go with --inpaint or --denoise")
     checkpoint = find_checkpoint(args.checkpoint)
     model = dpm.DPM.load(checkpoint, dpm.backend(args.gpu))
     print(f"{checkpoint} on {train.device_name(model.xp)}: {model.about['dataset']}, T = {model.T}", flush=True)
-    image, mode = model.kernel.pixels > 1, "inpaint" if args.inpaint else "samples" if args.denoise is None else "denoise"
-    units = lambda x: x * model.scale + model.shift
-    if mode == "samples":
-        samples = dpm.to_host(model.sample(number, args.seed, progress=lambda s: tqdm(s, desc="reverse steps")))
-        arrays, sets = dict(samples=units(samples)), dict(samples=samples)
-        rows = samples
-    else:
-        truth, given, unknown, samples = posterior(model, args, number)
-        arrays = dict(truth=units(truth), given=units(given), samples=units(samples))
-        sets = dict(truth=truth, given=given, samples=samples)
-        rows = np.concatenate([truth[:, None], given[:, None], samples], 1)
-        if unknown is not None:
-            arrays["unknown"] = unknown
-            change = np.abs(samples[:, :, ~unknown] - truth[:, None, ~unknown]).max()
-            print(f"known values: changed by {change:g}; missing ones: {samples[:, :, unknown].std(1).mean():.3f} apart between samples, in units of the data's deviation")
-        else:
-            rows = np.concatenate([rows, samples.mean(1)[:, None]], 1)
-            error = lambda x: np.sqrt(((x - truth) ** 2).mean())
-            print(f"root mean square error, in units of the data's deviation: given {error(given):.3f}, mean of {DRAWS} samples {error(samples.mean(1)):.3f}")
-        rows = rows.reshape(-1, rows.shape[-1])
+    T, image = model.T, model.kernel.pixels > 1
+    dataset = train.load_for(model) if mode != "samples" or image else None
+    how = args.r_schedule or ("constant" if args.particles == 1 else "diffused")
+    bar = lambda name: lambda s: tqdm(s, desc=name)
+    times = lambda n: sorted({round(T * i / n) for i in range(n + 1)}, reverse=True)  # T..0
+    frames, strip = times(60) if args.gif else [], times(9) if args.trajectory else []
+    keep = {*frames, *strip} - {0}
+    truth = given = unknown = r = None
+    if mode != "samples":
+        truth = to_complete(model, dataset, args, number)
+        number = len(truth)
+        given, unknown, r = posterior(model, dataset, args, truth)
+    samples = model.sample(number * (DRAWS if r else 1), args.seed, r, how, args.particles, keep=keep, progress=bar("reverse steps"))
+    samples, kept = samples if keep else (samples, {})
+    samples, kept = dpm.to_host(samples), {t: dpm.to_host(x) for t, x in kept.items()} | {0: dpm.to_host(samples)}
+    arrays, layout = dict(samples=model.raw(samples)), ""
+    rows, columns = samples, 8 if image else 1
+    if r:
+        sets = dict(truth=truth, given=given, samples=samples.reshape(number, DRAWS, -1))
+        arrays = {name: model.raw(x) for name, x in sets.items()} | ({} if unknown is None else {"unknown": unknown})
+        report(model, args, truth, given, unknown, sets["samples"])
+        rows, layout = [truth[:, None], given[:, None], sets["samples"]], f": truth, what is given, {DRAWS} posterior samples"
+        if mode == "denoise":
+            rows.append(sets["samples"].mean(1, keepdims=True))
+            layout += ", their mean"
+            if image:
+                rows.append(dpm.to_host(model.sample(number, args.seed + 1, progress=bar("free samples")))[:, None])
+                layout += ", and a sample that was given nothing"
+    if image:
+        first = samples[::DRAWS] if r else samples
+        close, distance = nearest(dataset, first)
+        _, usual = nearest(dataset, dataset.held_out(len(first)))
+        print(f"nearest training image: {distance.mean():.3f} away (root mean square), from test images {usual.mean():.3f}")
+        arrays["nearest"] = model.raw(close)
+        if mode == "inpaint":
+            rows.append(close[:, None])
+            layout += ", and the training image nearest to the first of them"
+    if r:
+        rows = np.concatenate(rows, 1)
+        columns = rows.shape[1]
+        rows = rows.reshape(-1, rows.shape[2])
     out = pathlib.Path(args.out or f"runs/{mode}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with dpm.written_whole(out.with_name(out.name + ".npz")) as part:
+    written = [out.with_name(out.name + end) for end in (".png", ".npz")]
+    with dpm.written_whole(written[1]) as part:
         np.savez(part, **arrays)
-    picture = out.with_name(out.name + ".png")
-    if image:
-        pictures = train.to_bytes(model, np.nan_to_num(rows))
-        if mode == "inpaint":
-            pictures.reshape(number, -1, rows.shape[-1])[:, 1, unknown] = 128
-        train.save_grid(pictures, picture, columns=8 if mode == "samples" else len(rows) // number)
-        layout = {"samples": "", "inpaint": f": truth, what is given (gray: missing), {DRAWS} posterior samples",
-                  "denoise": f": truth, what is given, {DRAWS} posterior samples, their mean"}[mode]
+    if image or model.about["binary"]:
+        train.save_picture(picture_of(model, columns)(rows), written[0])
     else:
-        train.draw_points(sets, picture)
-        layout = ""
-    print(f"{picture}{layout}; {out.with_name(out.name + '.npz')}")
+        train.save_picture(train.points_picture(sets if r else dict(samples=samples)), written[0])
+    if args.trajectory:
+        written.append(out.with_name(out.name + "-trajectory.png"))
+        some = samples[:8] if not r else samples[::DRAWS][:8]
+        ways = {t: (kept[t] if not r else kept[t][::DRAWS])[:len(some)] if image or model.about["binary"] else kept[t] for t in strip}
+        if image or model.about["binary"]:
+            train.save_picture(picture_of(model, len(ways))(np.stack(list(ways.values()), 1).reshape(-1, samples.shape[1])), written[-1])
+        else:
+            train.save_picture(train.points_picture({f"t = {t}": x for t, x in ways.items()}, size=2), written[-1])
+    if args.gif:
+        written.append(out.with_name(out.name + ".gif"))
+        draw = picture_of(model, DRAWS if r else columns)
+        pictures = [draw(kept[t]).convert("P") for t in frames]
+        with dpm.written_whole(written[-1]) as part:
+            pictures[0].save(part, format="GIF", save_all=True, append_images=pictures[1:], duration=[60] * (len(pictures) - 1) + [2000], loop=0)
+    print(f"{written[0]}{layout}; {', '.join(map(str, written[1:]))}")
 
 
 if __name__ == "__main__":

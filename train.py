@@ -29,6 +29,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 from scipy.special import logsumexp
 from tqdm import tqdm
 
@@ -243,13 +244,14 @@ def evaluate(path, gpu, parzen=False):
         draw_schedule(model, out / "schedule.png")
     if image:
         samples = model.sample(64, seed=about["seed"], progress=lambda s: tqdm(s, desc="samples", leave=False))
-        save_grid(to_bytes(model, dpm.to_host(samples)), out / "samples.png")
+        save_picture(grid(to_bytes(model, dpm.to_host(samples))), out / "samples.png")
     elif dataset.binary:
         draw_figure_2(model, out / "figure2.png")
     elif truth:
         draw_figure_1(model, dataset, out / "figure1.png")
     else:
-        draw_points({"held out": x0, "samples": dpm.to_host(model.sample(len(x0), about["seed"], batch=1000))}, out / "samples.png")
+        samples = dpm.to_host(model.sample(2000, about["seed"], batch=1000))
+        save_picture(points_picture({"held out": x0[:2000], "samples": samples}), out / "samples.png")
     result["evaluation_seconds"] = round(time.perf_counter() - started, 1)
     with dpm.written_whole(out / "result.json") as part:
         part.write_text(json.dumps(result, indent=1))
@@ -409,27 +411,30 @@ def device_name(xp):
     return f"{platform.machine()} CPU, {dpm.CORES} cores"
 
 
-def to_bytes(model, x):
+def to_bytes(model, x, shape=None):
     """Normalised images (n, D) as uint8 pictures (n, H, W, C): back to the data's units; data that is not bytes is stretched."""
-    raw = x * model.scale + model.shift
+    raw = model.raw(x)
     if model.about["binary"]:
         raw = raw * 255
     elif not model.about["bytes"]:
         raw = (raw - raw.min()) / max(float(np.ptp(raw)), 1e-12) * 255
-    return np.clip(np.floor(raw), 0, 255).astype(np.uint8).reshape(-1, *model.kernel.shape)
+    return np.clip(np.floor(raw), 0, 255).astype(np.uint8).reshape(len(x), *(shape or model.kernel.shape))
 
 
-def save_grid(pictures, path, columns=8, zoom=3, gap=2):
-    """Pictures (n, H, W, 1 or 3) in rows of `columns`, as one PNG."""
-    from PIL import Image
+def grid(pictures, columns=8, zoom=3, gap=2):
+    """Pictures (n, H, W, 1 or 3) in rows of `columns`, as one picture."""
     n, H, W, C = pictures.shape
     sheet = np.full((-(-n // columns) * (H + gap) + gap, columns * (W + gap) + gap, C), 128, np.uint8)
     for i, picture in enumerate(pictures):
         y, x = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
         sheet[y:y + H, x:x + W] = picture
     image = Image.fromarray(sheet[..., 0] if C == 1 else sheet[..., :3])
+    return image.resize((image.width * zoom, image.height * zoom), Image.NEAREST)
+
+
+def save_picture(picture, path):
     with dpm.written_whole(path) as part:
-        image.resize((image.width * zoom, image.height * zoom), Image.NEAREST).save(part)
+        picture.save(part, format="PNG")
 
 
 def save_figure(figure, path):
@@ -474,13 +479,16 @@ def draw_schedule(model, path):
     save_figure(figure, path)
 
 
-def draw_points(sets, path):
-    """The first two coordinates of vectors, one panel for each named set (..., D)."""
-    figure, axes = plt.subplots(1, len(sets), figsize=(4 * len(sets), 4), layout="constrained", sharex=True, sharey=True)
+def points_picture(sets, size=4):
+    """The first two coordinates of vectors as a picture, one panel for each named set (..., D)."""
+    figure, axes = plt.subplots(1, len(sets), figsize=(size * len(sets), size), layout="constrained", sharex=True, sharey=True)
     for axis, (name, x) in zip(np.atleast_1d(axes), sets.items()):
         axis.scatter(x[..., 0].ravel(), x[..., min(1, x.shape[-1] - 1)].ravel(), s=3)
-        axis.set(title=name, aspect="equal")
-    save_figure(figure, path)
+        axis.set(title=name, aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
+    figure.canvas.draw()
+    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    plt.close(figure)
+    return picture
 
 
 def draw_figure_1(model, dataset, path, number=2000):

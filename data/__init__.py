@@ -3,6 +3,7 @@
     swissroll      the paper's two-dimensional toy, endless, with its exact density; swissroll:0.002 has noise 0.002, not 0.04
     heartbeat      the paper's binary toy: 20 bits, a one in every fifth, at a random phase
     mnist          the 60,000 + 10,000 digits that lie beside this file, as gzipped IDX
+    FOLDER         pictures, all of one size, or IDX images as below
     FOLDER | FILE  IDX images, gzipped or not: any folder with the file names of MNIST (Fashion-MNIST, say), or one file
     FILE.npy|.npz  your own array (N, D), (N, H, W) or (N, H, W, C), uint8 or floating point, or of zeros and ones (binary);
                    an .npz holds `train` and, if it has one, `test`, or a single array under any name
@@ -20,12 +21,14 @@ import zipfile
 import zlib
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 from scipy.special import logsumexp, softmax
 
 from dpm import InputError, first_line, generator
 
 HERE = pathlib.Path(__file__).parent
 IMAGES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 SHA256 = {"train": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
           "test": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"}
 
@@ -197,8 +200,9 @@ def load(name_or_path):
         found = {part: next((path / (stem + end) for end in ("", ".gz") if (path / (stem + end)).exists()), None)
                  for part, stem in IMAGES.items()}
         if found["train"] is None:
-            raise InputError(f"{path}: no {IMAGES['train']} or {IMAGES['train']}.gz in this folder")
-        train, test = _read_idx(found["train"]), found["test"] and _read_idx(found["test"])
+            train, test = read_pictures(sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES) or [path]), None
+        else:
+            train, test = _read_idx(found["train"]), found["test"] and _read_idx(found["test"])
     elif path.suffix in (".npy", ".npz"):
         train, test = _read_numpy(path)
     else:
@@ -224,6 +228,28 @@ def _read_idx(path, sha256=None):
     if len(raw) - start != np.prod(shape, dtype=np.int64) * dtype.itemsize:
         raise InputError(f"{path}: damaged, its header promises {shape} values of {dtype.name} and {len(raw) - start} bytes follow")
     return np.frombuffer(raw, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
+
+
+def read_pictures(paths, shape=None):
+    """Pictures as uint8 (N, H, W, C), gray if all of them are, or as the shape (H, W, C) that they must have says."""
+    pictures = []
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                gray = shape[2] == 1 if shape else picture.mode in ("1", "L")
+                pictures.append(np.asarray(picture.convert("L" if gray else "RGB")))
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such picture") from None
+        except IsADirectoryError:
+            raise InputError(f"{path}: a folder without pictures ({', '.join(PICTURES)}) and without {IMAGES['train']}") from None
+        except (UnidentifiedImageError, OSError) as error:
+            raise InputError(f"{path}: not a picture that can be read ({first_line(error)})") from None
+        expected = shape[:2] if shape else pictures[0].shape[:2]
+        if pictures[-1].shape[:2] != tuple(expected):
+            raise InputError(f"{path}: {pictures[-1].shape[1]} x {pictures[-1].shape[0]} pixels, where {expected[1]} x {expected[0]} are needed")
+    if any(p.ndim == 3 for p in pictures):  # gray ones among colours
+        pictures = [p if p.ndim == 3 else np.repeat(p[:, :, None], 3, 2) for p in pictures]
+    return np.stack([p.reshape(*p.shape[:2], -1) for p in pictures])
 
 
 def _read_numpy(path):
