@@ -514,7 +514,7 @@ class Binomial:
         log_r = [-xp.where(known, xp.where(r.y == x, 0.0, math.inf), 0.5 * ((x - r.y) / xp.where(known, 1.0, r.sigma)) ** 2) for x in (0, 1)]
         if how == "annealed":
             log_r = [l * ((self.T - t) / self.T) for l in log_r] if t < self.T else [xp.zeros(r.y.shape)] * 2
-        elif how == "diffused":
+        elif how == "diffused" and t > 0:
             a = float(self.alpha_bar[t])
             log_r = [xp.log(xp.exp(log_r[1]) * self._keep(x, a) + xp.exp(log_r[0]) * (1 - self._keep(x, a))) for x in (0, 1)]
         top = xp.maximum(*log_r)

@@ -164,15 +164,80 @@ def test_the_first_step():
 def test_multiply_is_the_product_of_densities():
     q = dpm.Gaussian(dpm.schedule("logsnr", 9, 1e-2))
     x = np.linspace(-15, 15, 300001)
-    for f_mu, f_sigma, y, sigma in [(0.3, 0.5, 1.7, 0.8), (-1.0, 2.0, 0.4, 0.1)]:
-        product = np.exp(-0.5 * (x - f_mu) ** 2 / f_sigma - 0.5 * (x - y) ** 2 / sigma ** 2)
-        product /= product.sum()
-        mean, variance = q.multiply(f_mu, f_sigma, dpm.Observation(np.array([y]), sigma))
-        assert mean[0] == pytest.approx((product * x).sum(), rel=1e-8)
-        assert variance[0] == pytest.approx((product * (x - mean[0]) ** 2).sum(), rel=1e-8)
-    mean, variance = q.multiply(np.full(3, 0.3), 0.5, dpm.Observation([1.0, 2.0, np.nan], [0, 1e-9, np.inf]))
-    np.testing.assert_allclose(mean, [1, 2, 0.3], rtol=1e-12)  # known; nearly known; unknown
+    excess = []
+    for f_mu, f_sigma, y, variance in [(0.3, 0.5, 1.7, 0.64), (-1.0, 2.0, 0.4, 0.64), (0.5, 0.3, 1.0, 0.01)]:
+        observed = np.array([[y]]), np.array([[variance]])
+        log_r = q.log_observed(x[:, None], *observed)
+        np.testing.assert_allclose(log_r, -0.5 * (x - y) ** 2 / variance)
+        product = np.exp(-0.5 * (x - f_mu) ** 2 / f_sigma + log_r) / math.sqrt(2 * math.pi * f_sigma)
+        Z = np.trapezoid(product, x)
+        (mean, total), log_Z = q.multiply(np.array([[f_mu]]), np.array([[f_sigma]]), *observed)
+        assert mean[0, 0] == pytest.approx(np.trapezoid(product * x, x) / Z, rel=1e-8)
+        assert total[0, 0] == pytest.approx(np.trapezoid(product * (x - mean[0]) ** 2, x) / Z, rel=1e-8)
+        excess.append(log_Z[0] - math.log(Z) + 0.5 * math.log(variance))
+    np.testing.assert_allclose(excess, 0, atol=1e-8)  # Z, but for the constant that belongs to r
+    (mean, variance), log_Z = q.multiply(np.full((1, 3), 0.3), 0.5, np.array([1.0, 2.0, 0.0]), np.array([0, 1e-18, np.inf]))
+    np.testing.assert_allclose(mean, [[1, 2, 0.3]], rtol=1e-12)  # known; nearly known; unknown
     np.testing.assert_allclose(variance, [0, 0, 0.5], atol=1e-12)
+    assert log_Z == pytest.approx(sum(-0.5 * (y - 0.3) ** 2 / 0.5 - 0.5 * math.log(0.5) for y in (1, 2)))  # N(y; f_mu, f_sigma)
+
+
+@pytest.mark.parametrize("how", ["constant", "annealed", "diffused"])
+def test_r_along_the_trajectory(how):
+    """r_0 = r; constant: the same at every t; annealed: its power (T - t) / T; diffused: E[r(x_0) | x_t] where x_0 ~ pi. For both
+    diffusions, an Observation and the same r as a Function, and the delta."""
+    T, y, sigma = 9, 0.7, 0.8
+    log_r = lambda x: -0.5 * (x - y) ** 2 / sigma ** 2
+    x = np.linspace(-2, 2, 7)[:, None]
+    level = lambda values: np.asarray(values) - values[0]  # but for a constant
+    gaussian, binomial = dpm.Gaussian(dpm.schedule("logsnr", T, 1e-2)), dpm.Binomial(dpm.schedule("cosine", T, 1e-2), rate=0.3)
+    for t in (0, 1, 4, 9):
+        for q, states, expected_r in [
+                (gaussian, x, lambda s, a: np.log(np.trapezoid(np.exp(log_r(np.linspace(-9, 9, 20001)) - 0.5 * (np.linspace(-9, 9, 20001) - math.sqrt(a) * s) ** 2 / (1 - a)), dx=1e-3))),
+                (binomial, np.array([[0.0], [1.0]]), lambda s, a: np.log((a * s + 0.3 * (1 - a)) * np.exp(log_r(1)) + (1 - a * s - 0.3 * (1 - a)) * np.exp(log_r(0))))]:
+            found = dpm.Posterior(q, [dpm.Observation([y], [sigma])], how).log_r(states, t)
+            if how == "diffused" and t:
+                expected = [expected_r(float(s), float(q.alpha_bar[t])) for s in states[:, 0]]
+            else:
+                expected = log_r(states[:, 0]) * ({"annealed": (T - t) / T}.get(how, 1))
+            np.testing.assert_allclose(level(found), level(expected), atol=1e-6)
+            function = dpm.Posterior(q, dpm.Function(lambda x: log_r(x)[:, 0], lambda x: -(x - y) / sigma ** 2), how)
+            seen = states if how != "diffused" else q.expected(states, t)[0]
+            np.testing.assert_allclose(function.log_r(states, t), log_r(seen[:, 0]) * ({"annealed": (T - t) / T}.get(how, 1)), rtol=1e-12)
+    both = dpm.Observation([0.7, 1.0], [np.inf, 0])
+    y_t, variance = gaussian.observed(both, 4, how)
+    a = float(gaussian.alpha_bar[4])
+    assert variance[0] == np.inf and variance[1] == (pytest.approx((1 - a) / a) if how == "diffused" else 0)
+    assert y_t[1] == (pytest.approx(1 / math.sqrt(a)) if how == "diffused" else 1)
+    zero, one = binomial.observed(both, 0, how)
+    assert (zero[1], one[1], zero[0], one[0]) == (-np.inf, 0, 0, 0)
+    assert (gaussian.observed(both, 9, "annealed")[1] == np.inf).all() and not np.any(binomial.observed(both, 9, "annealed"))  # r^0
+
+
+def test_tilt():
+    """Eq. 61, and its bits: the tilted kernel is the product with exp(g x), and log_untilted its ratio to the kernel that it came from."""
+    q, r = dpm.Gaussian(dpm.schedule("logsnr", 9, 1e-2)), rng(61)
+    f_mu, g, x = r.standard_normal((3, 5, 4))
+    f_sigma = r.random((5, 4)) + 0.1
+    mean, variance = q.tilt(f_mu, f_sigma, g)
+    np.testing.assert_allclose(mean - f_mu, f_sigma * g)  # f_sigma is a variance
+    np.testing.assert_allclose(q.log_untilted(x, f_mu, f_sigma, g), q.log_density(x, f_mu, f_sigma) - q.log_density(x, mean, variance))
+    q, f, x = dpm.Binomial(dpm.schedule("cosine", 9, 1e-2)), r.random((5, 4)), (r.random((5, 4)) < 0.5) * 1.0
+    tilted, = q.tilt(f, g)
+    np.testing.assert_allclose(tilted / (1 - tilted), f / (1 - f) * np.exp(g))
+    np.testing.assert_allclose(q.log_untilted(x, f, g), q.log_density(x, f) - q.log_density(x, tilted))
+    (product,), log_Z = q.multiply(f, np.zeros((5, 4)), g)
+    np.testing.assert_allclose(product, tilted)
+    np.testing.assert_allclose(log_Z, np.log(f * np.exp(g) + 1 - f).sum(1))
+
+
+def test_pick_is_systematic():
+    """The points (i + u) / N choose each particle floor or ceil of N w times, and N w times in the mean."""
+    w = rng(62).dirichlet(np.ones(8), 3)
+    counts = np.mean([[np.bincount(c, minlength=8) for c in dpm.pick(w, np.full((3, 1), u) / 8 + np.arange(8) / 8)] for u in (np.arange(999) + 0.5) / 999], 0)
+    np.testing.assert_allclose(counts, 8 * w, atol=0.01)
+    once = np.array([np.bincount(c, minlength=8) for c in dpm.pick(w, np.full((3, 1), 0.3) / 8 + np.arange(8) / 8)])
+    assert (np.abs(once - 8 * w) < 1).all() and (once.sum(1) == 8).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -582,7 +647,7 @@ def test_heartbeat_K_star(kind, rate, K_star):
     beat = data.load("heartbeat")
     q = dpm.Binomial(dpm.schedule(kind, 200, 1 / 200 if kind == "paper" else 1e-5), rate=rate, mean=0.2)
     kernel = dpm.IdealKernel(q, lambda x, a: beat.truth.moments(x, a, rate))
-    kernel.D, model = 20, None
+    kernel.D = 20
     model = dpm.DPM(q, kernel)
     x0 = beat.held_out(1000)
     assert beat.truth.log_density(x0) / LN2 == pytest.approx(math.log2(1 / 5))
@@ -635,7 +700,7 @@ def test_log_likelihood_of_linear_kernels():
     """With linear Gaussian kernels p(x_0) is a Gaussian in closed form. The estimate converges to it from below, its weights average
     to it without bias, and one trajectory gives K in the mean."""
     model = gaussian_model(0.3, T=10)
-    q, mean, variance = model.diffusion, 0.0, 1.0
+    q, variance = model.diffusion, 1.0
     for t in range(10, 0, -1):
         one, at = np.ones((1, 1)), np.array([t])
         f_mu, f_sigma = (float(a.ravel()[0]) for a in (q.reverse(one, at, model.kernel.forward(one, at)) if t > 1 else q.kernel(one, at)))
@@ -788,11 +853,133 @@ def test_denoising_follows_its_recursion():
 
 
 @pytest.mark.parametrize("y, sigma, says", [
-    ([1.0, np.nan], 0.0, "NaN"), ([1.0, 2.0], [-1, 0], "must be 0"), ([1.0, 2.0], [np.nan, 0], "must be 0"),
-    ([1.0, 2.0], [0, 0, 0], "shape"), (np.zeros((3, 2)), 0.0, "does not fit"), (np.zeros(3), 0.0, "does not fit")])
+    ([1.0, np.nan], [0, 0.5], "NaN"), ([1.0, 2.0], [-1, 0], "must be 0"), ([1.0, 2.0], [np.nan, 0], "must be 0"),
+    ([1.0, 2.0], [0, 0], "nothing is unknown"), ([1.0, 2.0], np.inf, "nothing is known"),
+    ([1.0, 2.0], [0, 0, 0], "shape"), (np.zeros((3, 2)), [0, np.inf], "does not fit"), (np.zeros(3), 1.0, "does not fit")])
 def test_bad_observations(y, sigma, says):
     with pytest.raises(dpm.InputError, match=says):
         gaussian_model(D=2).sample(4, r=dpm.Observation(y, sigma))
+
+
+@pytest.mark.parametrize("r, options, says", [
+    ("ink", {}, "r must be"), ([], {}, "r must be"), (None, dict(particles=3), "need one"), (None, dict(particles=0), "1 particle"),
+    (dpm.Function(lambda x: x, lambda x: x), dict(particles=2), "log_r of your r returns"), (dpm.Function(lambda x: x[:, 0], lambda x: 1.0), {}, "returns float"),
+    (dpm.Function(lambda x: x[:, 0], lambda x: x * np.nan), {}, "NaN"), (dpm.Function(lambda x: x[:, 0], lambda x: x), dict(how="linear"), "no r-schedule")])
+def test_bad_r(r, options, says):
+    with pytest.raises(dpm.InputError, match=says):
+        gaussian_model(D=2).sample(4, r=r, **options)
+    with pytest.raises(dpm.InputError, match="0 or 1"):
+        bits()[0].sample(4, r=dpm.Observation([0.5, 1, 0], [0, np.inf, np.inf]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Room 3: posteriors against the truth. Run with -s to see the table
+# ---------------------------------------------------------------------------------------------------------------------------
+
+def shipped(name):
+    return dpm.DPM.load(HERE / "data" / name / "model.npz")
+
+
+def ar1_case(denoise):
+    """AR(1) of correlation 0.8 in 8 dimensions, its best diagonal kernels, half of the coordinates known or all under noise:
+    the KL from the Gaussian fitted to the samples to the exact posterior, nats."""
+    S, r = 0.8 ** np.abs(np.arange(8)[:, None] - np.arange(8)), rng(63)
+
+    def moments(x, alpha_bar):
+        a = float(alpha_bar[0, 0])  # the same in every row
+        gain = math.sqrt(a) * S @ np.linalg.inv(a * S + (1 - a) * np.eye(8))
+        return x @ gain.T, np.broadcast_to(np.diag(S - math.sqrt(a) * gain @ S), x.shape)
+
+    q = dpm.Gaussian(dpm.schedule("logsnr", 100, 1e-3))
+    kernel = dpm.IdealKernel(q, moments)
+    kernel.D = 8
+    y = np.linalg.cholesky(S) @ r.standard_normal(8)
+    known = np.arange(8) < 8 if denoise else np.arange(8) % 2 == 0
+    sigma = np.where(known, 0.5 if denoise else 0, np.inf)
+    unknown = ~known | denoise
+    inverse = np.linalg.inv(S[np.ix_(known, known)] + 0.25 * np.eye(known.sum()) * denoise)
+    mean = S[np.ix_(unknown, known)] @ inverse @ y[known]
+    C = S[np.ix_(unknown, unknown)] - S[np.ix_(unknown, known)] @ inverse @ S[np.ix_(known, unknown)]
+
+    def distance(x):
+        assert denoise or (x[:, known] == y[known]).all()
+        m, c, inverse = x[:, unknown].mean(0) - mean, np.cov(x[:, unknown].T), np.linalg.inv(C)
+        return 0.5 * (np.trace(inverse @ c) - len(m) + m @ inverse @ m + np.linalg.slogdet(C)[1] - np.linalg.slogdet(c)[1])
+
+    return dpm.DPM(q, kernel), dpm.Observation(y, sigma), 3000, distance
+
+
+def roll_case():
+    """The trained swiss roll, one coordinate given: total variation over 60 bins to the density on that line."""
+    model, roll = shipped("swissroll"), data.load("swissroll")
+    fine = (np.arange(60 * 50) + 0.5) / 500 - 3
+    truth = np.exp(roll.truth.log_density(np.stack([np.full(len(fine), 0.5), fine], 1))).reshape(60, 50).sum(1)
+    distance = lambda x: 0.5 * np.abs(np.histogram(x[:, 1], np.linspace(-3, 3, 61))[0] / len(x) - truth / truth.sum()).sum()
+    return model, dpm.Observation([0.5, 0], [0, np.inf]), 2500, distance
+
+
+def modes_case():
+    """Two modes of weights 3/4 and 1/4 under a product of an Observation and a Function: how far the weights of the modes are off."""
+    q = dpm.Gaussian(dpm.schedule("logsnr", 200, 1e-3))
+    kernel = dpm.IdealKernel(q, data.Mixture([[-1.2], [-1.2], [-1.2], [1.2]], 0.3).moments)
+    kernel.D = 1
+    x = np.linspace(-6, 6, 60001)
+    posterior = (0.75 * np.exp(-0.5 * (x + 1.2) ** 2 / 0.09) + 0.25 * np.exp(-0.5 * (x - 1.2) ** 2 / 0.09)) * np.exp(-0.5 * (x - 0.2) ** 2 / 0.64 + 0.3 * np.sin(x))
+    weight = posterior[x > 0].sum() / posterior.sum()
+    assert 0.4 < weight < 0.6  # the data's own is 1/4
+    r = [dpm.Observation([0.2], [0.8]), dpm.Function(lambda x: 0.3 * np.sin(x[:, 0]), lambda x: 0.3 * np.cos(x))]
+    return dpm.DPM(q, kernel), r, 4000, lambda samples: abs((samples > 0).mean() - weight)
+
+
+def heartbeat_case():
+    """The trained heartbeat, three zeros given that leave two phases open: the share of samples that are not a heartbeat of these phases."""
+    patterns, y, sigma = data.load("heartbeat").truth.patterns, np.zeros(20), np.full(20, np.inf)
+    sigma[[5, 6, 12]] = 0
+
+    def distance(x):
+        phases = (x[:, None] == patterns).all(2).mean(0)
+        assert phases[:3].max() == 0
+        if phases.sum() > 0.9:
+            assert abs(phases[3] - phases[4]) < 4 / math.sqrt(len(x))
+        return 1 - phases.sum()
+
+    return shipped("heartbeat"), dpm.Observation(y, sigma), 500, distance
+
+
+def bits_case():
+    """Three bits and a table of random kernels, by enumeration: a noisy bit, and a Function that is linear in the bits; total variation."""
+    model, states, _, _, reverse, p = bits(rate=0.4)
+    for t in range(model.T, 0, -1):
+        p = reverse[t] @ p
+    tilt = np.array([0.0, 1.5, -1.0])
+    p = p * np.exp(states @ tilt - 0.5 * (states[:, 0] - 0.9) ** 2 / 0.36)
+    distance = lambda x: 0.5 * np.abs(np.bincount((x @ [1, 2, 4]).astype(int), minlength=8) / len(x) - p / p.sum()).sum()
+    r = [dpm.Observation([0.9, 0, 0], [0.6, np.inf, np.inf]), dpm.Function(lambda x: x @ tilt, lambda x: x * 0 + tilt)]
+    return model, r, 10_000, distance
+
+
+@pytest.mark.parametrize("name, case, limit", [
+    ("AR(1), half known: KL, nats", lambda: ar1_case(False), 0.02), ("AR(1), denoised: KL, nats", lambda: ar1_case(True), 0.02),
+    ("swiss roll, one coordinate: TV", roll_case, 0.08), ("two modes: error of a weight", modes_case, 0.02),
+    ("heartbeat, three bits: share invalid", heartbeat_case, 0.01), ("three bits: TV", bits_case, 0.02)])
+def test_posteriors_against_the_truth(name, case, limit):
+    """With 64 particles (16 for heartbeats) samples have the exact posterior's distribution; with the paper's sampler they do not."""
+    model, r, number, distance = case()
+    found = {}
+    for how, N in [("constant", 1), ("annealed", 1), ("diffused", 1), ("diffused", 16 if case is heartbeat_case else 64)]:
+        found[how, N] = distance(model.sample(number, 3, r, how, N, batch=8192))
+    print(f"\n| {name} | " + " | ".join(f"{d:.3f}" for d in found.values()) + f" | {model.T - 1} | {N} x {model.T - 1} |")
+    assert found[how, N] < limit
+    assert found["constant", 1] > 2 * found[how, N]
+
+
+def test_particles_do_not_depend_on_the_batch():
+    model = gaussian_model(D=2)
+    r = dpm.Observation(np.array([[0.3, 1.0], [0.5, -1], [2, 0], [1, 1], [0, 0]]), [0.5, np.inf])
+    x, kept = model.sample(5, 4, r, "diffused", 8, batch=1000, keep=(1, 50))
+    np.testing.assert_allclose(model.sample(5, 4, r, "diffused", 8, batch=9), x, rtol=1e-9)
+    last = (x - np.sqrt(1 - model.diffusion.beta[1]) * kept[1]) / np.sqrt(model.diffusion.beta[1])
+    assert np.abs(last).max() < 6 and kept[50].shape == x.shape  # x_1 is that of the particle which became the sample
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -854,9 +1041,17 @@ def test_bad_checkpoints(tmp_path):
         dpm.DPM.resume(tmp_path / "good.npz")
 
 
+@pytest.mark.parametrize("name, K", [("swissroll", -1.25), ("heartbeat", -2.37)])
+def test_shipped_toys(name, K):
+    """At the K that the README gives, in bits."""
+    model, toy = shipped(name), data.load(name)
+    found = model.bound(toy.held_out(4000), rng(65), steps=40)
+    assert found["K"] / LN2 == pytest.approx(K, abs=0.01 + 4 * found["K_se"] / LN2)
+
+
 def test_shipped_model():
     """The MNIST model beside the data: from its own config, on test images, at the figure the README gives."""
-    model = dpm.DPM.load(HERE / "data" / "mnist" / "model.npz")
+    model = shipped("mnist")
     mnist = train.load_for(model)
     found = model.bound(mnist.held_out(300), rng(22), steps=5)
     bits_per_dim = -found["K"] / 784 / LN2 + math.log2(model.scale)
@@ -910,6 +1105,13 @@ def test_other_data(tmp_path):
         assert c.binary and not c.bytes and (c.shift, c.scale, c.mean) == (0, 1, c.train.mean())
         assert set(np.unique(c.draw(50, rng(60)))) == {0, 1}
     assert data.load("swissroll:0.01").noise == 0.01
+    (tmp_path / "pictures").mkdir()
+    for i in range(30):
+        Image.fromarray(images[i]).save(tmp_path / "pictures" / f"{i:02}.png")
+    pictures = data.load(tmp_path / "pictures")
+    assert (pictures.train == one.train).all() and (pictures.test == one.test).all() and pictures.shape == (4, 5, 1)
+    Image.fromarray(np.stack([images[0]] * 3, 2)).save(tmp_path / "pictures" / "30.png")
+    assert data.load(tmp_path / "pictures").shape == (4, 5, 3)
     x = b.normalise(b.train, None)
     assert x.mean() == pytest.approx(0, abs=1e-6) and x.var() == pytest.approx(1, abs=1e-6)
 
@@ -1032,6 +1234,62 @@ def test_sample_script(place):
             assert np.asarray(picture).std() > 1
 
 
+def test_sample_script_on_the_users_pictures(place):
+    """Own pictures are completed and denoised as they are; a fraction of the pixels; particles; what the report says is what the arrays hold."""
+    mine = rng(64).integers(0, 256, (2, 8, 8)).astype(np.uint8)
+    for i in range(2):
+        Image.fromarray(mine[i]).save(place / f"mine{i}.png")
+    digits = ["--checkpoint", "runs/digits", "--input", "mine0.png", "mine1.png"]
+    done = script("sample.py", *digits, "--inpaint", "0.25", "--particles", 3, "--out", "filled", cwd=place)
+    assert done.returncode == 0, done.stderr
+    arrays = np.load(place / "filled.npz")
+    assert arrays["unknown"].sum() == 16 and arrays["samples"].shape == (2, 6, 64)
+    assert (np.floor(arrays["samples"][..., ~arrays["unknown"]] + 1e-9) == mine.reshape(2, 1, 64)[..., ~arrays["unknown"]]).all()
+    error = np.sqrt(((arrays["samples"].mean(1) - arrays["truth"])[:, arrays["unknown"]] ** 2).mean())
+    psnr = float(done.stdout.split("mean of 6 samples")[1].split("PSNR")[1].split()[0])
+    assert psnr == pytest.approx(20 * math.log10(255 / error), abs=0.06)
+    train_images = np.load(place / "digits.npy").reshape(400, 64)
+    distance = np.abs(arrays["nearest"][:, None] - train_images - 0.5).max(2).min(1)
+    assert (distance <= 0.5 + 1e-3).all()  # a training image, but for its dequantisation
+    square = lambda x: ((x[:, None] - train_images - 0.5) ** 2).sum(2)
+    first = arrays["samples"][:, 0]
+    assert (((arrays["nearest"] - first) ** 2).sum(1) < square(first).min(1) * 1.02 + 64).all()
+    done = script("sample.py", *digits, "--denoise", "0.5", "--out", "cleaned", cwd=place)
+    assert done.returncode == 0 and "PSNR" not in done.stdout, done.stderr  # nobody knows the truth
+    assert (np.floor(np.load(place / "cleaned.npz")["given"] + 1e-9) == mine.reshape(2, 64)).all()  # and no noise was added
+
+
+@pytest.mark.parametrize("run, number", [("swissroll", 50), ("digits", 3), ("heartbeat", 3)])
+def test_sample_script_shows_trajectories(place, run, number):
+    """A strip and a GIF of the way, for points, images and bits, samples and posteriors; the way ends where the samples are."""
+    for flags in ((), ("--inpaint", "right")):
+        done = script("sample.py", "--checkpoint", f"runs/{run}", "--number", number, *flags, "--trajectory", "--gif", "--out", f"way{run}", cwd=place)
+        assert done.returncode == 0, done.stderr
+        with Image.open(place / f"way{run}.gif") as gif:
+            T = {"swissroll": 40, "digits": 20, "heartbeat": 100}[run]
+            assert gif.n_frames == min(T, 60) + 1
+            first = np.asarray(gif.convert("L")).astype(float)
+            gif.seek(gif.n_frames - 1)
+            last = np.asarray(gif.convert("L")).astype(float)
+        assert (first != last).mean() > 0.01
+        with Image.open(place / f"way{run}-trajectory.png") as strip:
+            assert np.asarray(strip).std() > 1
+        if run == "digits" and not flags:
+            with Image.open(place / "waydigits.png") as picture:
+                assert np.abs(np.asarray(picture.convert("L")) - last).mean() < 3
+
+
+def test_readme_examples(tmp_path, monkeypatch):
+    """The Python of the README runs as it stands, one block after the other, and leaves its pictures; its samples are what it says."""
+    blocks = (HERE / "README.md").read_text().split("```python\n")[1:]
+    code = "\n".join(block.split("```")[0] for block in blocks).replace('"data/', f'"{HERE}/data/')
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert (names["x"][:, 0] == 0.5).all() and {p.name for p in tmp_path.iterdir()} >= {"particles.png", "bright.png"}
+    assert names["rows"][8:].mean() > names["rows"][:8].mean() + 0.2
+
+
 def arrays_of(run):
     with np.load(run / "checkpoint.npz") as file:
         return {name: file[name] for name in ("theta", "average", "m", "v", "step")}
@@ -1121,7 +1379,7 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
         ("nonsense", "no data set or file"), ("nan.npy", "NaN"), ("constant.npy", "constant"), ("flat.npy", "must be (N, D)"),
         ("ints.npy", "uint8"), ("text.npy", "uint8"), ("few.npy", "at least 20"), ("none.npy", "must be (N, D)"), ("objects.npy", "cannot be read"),
         ("unnamed.npz", "name one of them"), ("unlike.npz", "must agree"), ("cut.npy", "cannot be read"), ("cut.idx", "damaged"),
-        ("cut.gz", "cannot be read"), ("noise.idx", "not an IDX"), ("folder", "no train-images"), ("swissroll:x", "noise of the roll")]]
+        ("cut.gz", "cannot be read"), ("noise.idx", "not an IDX"), ("folder", "without pictures"), ("swissroll:x", "noise of the roll")]]
     cases += [(["train.py", "--dataset", "heartbeat", *flags], says) for flags, says in [
         (("--schedule", "learned"), "is binary"), (("--form", "paper"), "is binary"), (("--rate", "1"), "between 0 and 1")]]
     cases += [(["train.py", "--rate", "0.5"], "--rate is for binary data"), (["train.py", "--schedule", "learned", "--form", "paper"], "needs --form correction"),
@@ -1135,7 +1393,9 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
               (["train.py", "--evaluate", "newer.npz"], "format 99"), (["train.py", "--evaluate", "cut.npy"], "not a checkpoint"),
               (["train.py", "--evaluate", "gone.npz"], "gone.npy"), (["train.py", "--evaluate", "digits"], "was trained on"),
               (["sample.py", "--checkpoint", "nowhere"], "no such checkpoint"), (["sample.py", "--checkpoint", "digits", "--inpaint"], "was trained on"),
-              (["sample.py", "--checkpoint", "mnist-like", "--denoise", "-1"], "positive"), (["sample.py", *known, "--number", "0"], "positive")]
+              (["sample.py", "--checkpoint", "mnist-like", "--denoise", "-1"], "positive"), (["sample.py", *known, "--number", "0"], "positive"),
+              (["sample.py", *known, "--particles", "4"], "go with"), (["sample.py", *known, "--input", "mask5.png"], "go with"),
+              (["sample.py", "--checkpoint", place / "runs" / "heartbeat", "--inpaint", "--input", "mask5.png"], "not made of pictures")]
     if dpm.backend() is np:
         cases += [(["train.py", "--gpu"], "--gpu:"), (["sample.py", *known, "--gpu"], "--gpu:")]
     files = sorted(tmp_path.rglob("*"))
@@ -1151,6 +1411,10 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
     assert [p for p in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(p)] == [p for p in files if "__pycache__" not in str(p)]
     for mask, says in [("mask5.png", "the mask is 5 x 5"), ("black.png", "nothing is missing"), ("nowhere.png", "nor a mask"), ("cut.idx", "not a picture")]:
         done = script("sample.py", *known, "--inpaint", tmp_path / mask, cwd=place)
+        assert done.returncode == 2 and says in done.stderr
+    for flags, says in [(("--inpaint", "1.5"), "between 0 and 1"), (("--inpaint", "0.001"), "nothing is missing"), (("--inpaint", "--input", tmp_path / "mask5.png"), "8 x 8 are needed"),
+                        (("--denoise", "1", "--input", tmp_path / "cut.idx"), "not a picture"), (("--inpaint", "--input", "gone.png"), "no such picture")]:
+        done = script("sample.py", *known, *flags, cwd=place)
         assert done.returncode == 2 and says in done.stderr
 
 
@@ -1316,8 +1580,8 @@ def test_scripts_on_the_stand_in(dataset, flags, tmp_path, monkeypatch):
 
 
 # Looked up in CuPy 14.2, in cupy, cupy.random and cupy.cuda
-IN_CUPY = set("abs add asarray bincount broadcast_to concatenate cos cumsum divide empty empty_like exp expm1 full linspace log log1p matmul "
-              "minimum multiply ones sin sqrt stack subtract tanh zeros zeros_like".split())
+IN_CUPY = set("abs add asarray bincount broadcast_to concatenate cos cumsum divide empty empty_like exp expm1 full isinf linspace log log1p "
+              "matmul maximum minimum multiply ones sin sqrt stack subtract tanh where zeros zeros_like".split())
 
 
 def test_the_list_of_cupys_names():
