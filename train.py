@@ -323,8 +323,9 @@ def compare(results):
     print(f"\n{'data':<16}{'schedule':<10}{'form':<12}{'T':>5}{'K':>12}{'+-':>8}{'K*':>10}{'K - L_null':>12}{'bits/dim':>10}{'seconds':>9}")
     for (name, schedule, form), rs in curves.items():
         for r in rs:
+            K_star, bits_per_dim = (f"{r[key]:.4f}" if key in r else "-" for key in ("K_star_bits", "bits_per_dim"))
             print(f"{name:<16}{schedule:<10}{form:<12}{r['timesteps']:>5}{r['K_bits']:>12.4f}{r['K_bits_se']:>8.4f}"
-                  f"{r.get('K_star_bits', math.nan):>10.4f}{r['K_minus_L_null_bits']:>12.4f}{r.get('bits_per_dim', math.nan):>10.4f}{r['seconds']:>9.0f}")
+                  f"{K_star:>10}{r['K_minus_L_null_bits']:>12.4f}{bits_per_dim:>10}{r['seconds']:>9.0f}")
         label = f"{name}, {schedule}" + (", the paper's kernel" if form == "paper" else "")
         axis.errorbar([r["timesteps"] for r in rs], [r["K_bits"] for r in rs], [r["K_bits_se"] for r in rs], marker="o", capsize=3, label=label)
     axis.set(xlabel="T", ylabel="K, bits", xscale="log")
