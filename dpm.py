@@ -9,17 +9,19 @@ Run backwards, a small enough step is again a Gaussian, so a network that learns
 
     p(x_{t-1} | x_t) = N(f_mu(x_t, t), f_sigma(x_t, t))
 
-is a generative model: draw x_T from pi = N(0, I), then step t = T..1. Its log likelihood has a lower bound K, a sum of
-entropies and of KL divergences between Gaussians, each in closed form (eq. 14). K is what is trained and what is reported.
+is a generative model: draw x_T from pi = N(0, I), then step t = T..1. For data of zeros and ones a step forgets bits instead,
+and the network learns their probabilities. The log likelihood of the model has a lower bound K, a sum of entropies and of KL
+divergences, each in closed form (eq. 14). K is what is trained and what is reported.
 
-    room 1   schedules, diffusions, r        schedule, Gaussian, Binomial, Observation   what q and p are
-    room 2   the reverse kernel              MLP, Kernel, Adam              how f_mu and f_sigma are learned
-    room 3   the model                       DPM                            the bound K, its gradient, sampling, p(x_0) r(x_0)
+    room 1   what q and p are                schedule, LearnedSchedule, Gaussian, Binomial
+             what is known beside them       Observation, Function, Posterior
+    room 2   how the reverse is learned      MLP, Kernel, Adam; IdealKernel, its limit
+    room 3   the model                       DPM: the bound K and its gradient, p(x_0), samples, posterior samples
 
 Conventions. t runs 1..T and arrays over t have T + 1 entries; entry 0 is the data without noise, alpha_bar[0] = 1. Data is a
-matrix (n, D) of mean 0 and average variance 1. The paper's symbols are the names; the gradient of `name` is `dname`; its
-backward stands under each forward. Everything is in nats. Schedules, posteriors, KLs and entropies are float64, only the
-network is float32. `xp` is numpy or cupy, and every array of a model lives where its xp says.
+matrix (n, D) of mean 0 and average variance 1, or of bits. The paper's symbols are the names; the gradient of `name` is `dname`;
+its backward stands under each forward. Everything is in nats. Schedules, posteriors, KLs and entropies are float64, only the
+network and the noise of its training are float32. `xp` is numpy or cupy, and every array of a model lives where its xp says.
 """
 import os
 
@@ -52,10 +54,10 @@ def backend(gpu=None):
         return np
     try:
         import cupy
-        cupy.zeros(1)
+        float((cupy.ones((2, 2)) @ cupy.ones((2, 2)) * cupy.random.Generator(cupy.random.Philox4x3210((0,))).random(2)).sum())
         return cupy
-    except ImportError:
-        problem = "CuPy is not installed: pip install cupy-cuda12x (or -cuda13x, to match the driver)"
+    except ModuleNotFoundError:
+        problem = 'CuPy is not installed: pip install "cupy-cuda12x[ctk]" (or cuda13x, to match the driver)'
     except Exception as error:  # without a usable driver or device CuPy raises several types, none of them its own
         problem = f"CuPy finds no usable GPU ({first_line(error)})"
     if gpu:
@@ -278,7 +280,8 @@ class Gaussian:
         """
         xp = self.xp
         signal, deviation = self._tables["angle"]
-        dphi, ds = (xp.bincount(t, d, self.T + 1) for d in (dphi, ds))
+        at = (t == xp.arange(self.T + 1)[:, None]).astype(np.float64)   # sums as a product: on a GPU too they have one order
+        dphi, ds = at @ dphi, at @ ds
         ds[:-1] -= ds[1:]                                               # s_t and s_{t+1} both have phi_t
         return 0.5 * signal * deviation * dphi + self.alpha_bar * ds
 
@@ -286,22 +289,25 @@ class Gaussian:
         """The paper's own readout, eqs. 64 and 65: the out (n, D, 2) that stands for z = (z_mu, z_sigma), (n, D, 2).
 
         f_sigma = sigmoid(z_sigma + logit beta_t)      f_mu = (x_t - z_mu) (1 - f_sigma) + z_mu
-        With rho = f_sigma / beta_t = e^z_sigma / (1 + beta_t (e^z_sigma - 1)) and c = (1 - sqrt(1 - beta_t)) / beta_t,
+        With rho = f_sigma / beta_t = 1 / (beta_t + (1 - beta_t) e^-z_sigma) and c = (1 - sqrt(1 - beta_t)) / beta_t,
         v = sqrt((1 - alpha_bar_t) / alpha_bar_{t-1}) (rho (x_t - z_mu) - c x_t)      w = log rho / s
         """
         xp = self.xp
         shrink, beta = self._at("kernel", t)
         shift, s = self._at("reverse", t)
-        log_rho = z[..., 1] - xp.log1p(beta * xp.expm1(z[..., 1]))
-        v = (xp.exp(log_rho) * (xt - z[..., 0]) - xt / (1 + shrink)) * (-beta / shift)
-        return xp.stack([v, log_rho / s], 2).astype(z.dtype)
+        rho = self._rho(beta, z)
+        v = (rho * (xt - z[..., 0]) - xt / (1 + shrink)) * (-beta / shift)
+        return xp.stack([v, xp.log(rho) / s], 2).astype(z.dtype)
+
+    def _rho(self, beta, z):
+        return 1 / (beta + (1 - beta) * self.xp.exp(-z[..., 1].astype(np.float64)))
 
     def dpaper_form(self, xt, t, z, dout):
         """dz from dout: drho = rho (1 - f_sigma) dz_sigma, since f_sigma is a sigmoid."""
         xp = self.xp
         _, beta = self._at("kernel", t)
         shift, s = self._at("reverse", t)
-        rho = xp.exp(z[..., 1] - xp.log1p(beta * xp.expm1(z[..., 1])))
+        rho = self._rho(beta, z)
         dshifted = dout[..., 0] * rho * (-beta / shift)
         return xp.stack([-dshifted, (dshifted * (xt - z[..., 0]) + dout[..., 1] / s) * (1 - beta * rho)], 2).astype(dout.dtype)
 
@@ -327,7 +333,7 @@ class Gaussian:
 
     def entropy(self, mean, variance):
         """Of N(mean, variance), (n,)."""
-        return (0.5 * self.xp.log(2 * math.pi * math.e * variance)).sum(1)
+        return (0.5 * self.xp.log(2 * math.pi * math.e * self.xp.broadcast_to(variance, mean.shape))).sum(1)
 
     def observed(self, r, t, how):
         """The Observation r as it stands at t, a Gaussian in x_t: its mean and its variance, 0 where known, inf where not. See Posterior.
@@ -382,12 +388,16 @@ class Gaussian:
         """The part of x_0 in H_q(X_t | X_{t-1}), one t >= 1, (n,): D/2 ln(2 pi e beta_t)."""
         return self._H(float(self.beta[t]), x0)
 
+    def H_p(self, x0):
+        """H_p(X_T), which stands for -E log pi(x_T), (n,): D/2 ln(2 pi e). The same for data of mean 0 and average variance 1 (eqs. 42-46)."""
+        return self.xp.full(len(x0), x0.shape[1] * self.H_pi)
+
     def log_pi(self, x):
-        """log pi(x) (n,), pi = N(0, I), mean and variance in self.pi. Its mean over x_T of unit variance is -H_p(X_T)."""
+        """log pi(x) (n,), pi = N(0, I), mean and variance in self.pi."""
         return -0.5 * (x ** 2 + math.log(2 * math.pi)).sum(1)
 
     log_null = log_pi  # its mean over the data is L_null
-    H_pi = H_null = 0.5 * math.log(2 * math.pi * math.e)  # H_p(X_T) and -L_null per dimension
+    H_pi = H_null = 0.5 * math.log(2 * math.pi * math.e)  # the entropy of pi and -L_null, per dimension
 
 
 class Binomial:
@@ -402,11 +412,11 @@ class Binomial:
 
     def __init__(self, alpha_bar, xp=np, rate=0.5, mean=None):
         self.xp, self.T, self.rate, self.mean = xp, len(alpha_bar) - 1, float(rate), float(rate if mean is None else mean)
-        if not (0 < self.rate < 1 and 0 < self.mean < 1):
-            raise InputError(f"the rate of the binomial pi and the mean of its data must lie between 0 and 1, not {self.rate}, {self.mean}")
+        if not (1e-4 <= self.rate <= 1 - 1e-4 and 0 < self.mean < 1):  # rarer bits than that round to certain ones at the first t
+            raise InputError(f"the rate of the binomial pi and the mean of its data must lie between 0.0001 and 0.9999, not {self.rate:g}, {self.mean:g}")
         self.alpha_bar, self.pi = xp.asarray(alpha_bar, np.float64), (self.rate,)
         self.beta = 1 - self.alpha_bar / xp.concatenate([xp.ones(1), self.alpha_bar[:-1]])
-        self.H_pi, self.H_null = self._h(self.rate), self._h(self.mean)
+        self.H_null = self._h(self.mean)
         self.config = dict(rate=self.rate, mean=self.mean)
 
     @staticmethod
@@ -503,7 +513,7 @@ class Binomial:
         return self._H(self._keep(x0, float(self.alpha_bar[t - 1])), 1 - float(self.beta[t]))
 
     def observed(self, r, t, how):
-        """The Observation r as it stands at t, as log r_t(0) and log r_t(1) for every bit, the larger of them 0. See Posterior.
+        """The Observation r as it stands at t, as log r_t(0) and log r_t(1) for every bit, but for a constant. See Posterior.
 
         diffused: r_t(x_t) = E[r(x_0) | x_t] under pi, where x_0 = 1 with probability alpha_bar_t x_t + rate (1 - alpha_bar_t)
         """
@@ -512,13 +522,14 @@ class Binomial:
         if bool((known & (r.y != 0) & (r.y != 1)).any()):
             raise InputError("a known bit must be 0 or 1")
         log_r = [-xp.where(known, xp.where(r.y == x, 0.0, math.inf), 0.5 * ((x - r.y) / xp.where(known, 1.0, r.sigma)) ** 2) for x in (0, 1)]
+        top = xp.maximum(*log_r)
+        log_r = [l - top for l in log_r]
         if how == "annealed":
             log_r = [l * ((self.T - t) / self.T) for l in log_r] if t < self.T else [xp.zeros(r.y.shape)] * 2
         elif how == "diffused" and t > 0:
             a = float(self.alpha_bar[t])
             log_r = [xp.log(xp.exp(log_r[1]) * self._keep(x, a) + xp.exp(log_r[0]) * (1 - self._keep(x, a))) for x in (0, 1)]
-        top = xp.maximum(*log_r)
-        return tuple(l - top for l in log_r)
+        return tuple(log_r)
 
     def multiply(self, f, log_r0, log_r1):
         """The product of B(f) and r, Table App.1 with what normalises it: f r(1) / (f r(1) + (1 - f) r(0)), and the log of the denominator."""
@@ -541,6 +552,12 @@ class Binomial:
         """E[x_0 | x_t = x] under pi, alpha_bar_t x + rate (1 - alpha_bar_t), and its slope."""
         slope = float(self.alpha_bar[t])
         return self._keep(x, slope), slope
+
+    def H_p(self, x0):
+        """H_p(X_T), (n,), linear in x0; with what log pi changes by on the way: E[-log pi(x_T) + log pi(x_1) - log pi(x_0)], so that K is
+        a bound for any rate. Nothing changes where the rate is the mean of the data, or 1/2."""
+        T, first = self._keep(x0, float(self.alpha_bar[self.T])), self._keep(x0, float(self.alpha_bar[1]))
+        return -self._log_independent(T - first + x0, self.rate)
 
     def _log_independent(self, x, rate):
         ones = x.sum(1)
@@ -771,7 +788,7 @@ class Kernel:
     the noise: at each noise level the distance that matters. The readout starts at zero: the equilibrium kernel, K = L_null.
 
     The paper's forms: with `bumps` > 0 the upper network ends in that many readouts, mixed by bump functions of t (eqs. 62, 63); with
-    time = 0 beside it they alone know t. paper: the outputs are z_mu and z_sigma of Gaussian.paper_form (eqs. 64, 65). learned: the
+    time = 0 beside it they, and the distances from the edges, alone know t. paper: the outputs are z_mu and z_sigma of Gaussian.paper_form (eqs. 64, 65). learned: the
     parameters of a LearnedSchedule are among the weights, since they are trained with them.
 
     Its one array theta holds all weights, W names views of it; grad and dW are the same for their gradient.
@@ -784,6 +801,8 @@ class Kernel:
         self.config = dict(shape=list(shape), width=width, layers=layers, maps=maps, sights=sights, upper=upper,
                            upper_layers=upper_layers, time=time, scales=list(scales), edges=list(edges), patch=patch,
                            bumps=bumps, paper=paper, learned=learned, dtype=dtype, seed=seed)
+        if (paper or learned) and not isinstance(diffusion, Gaussian) or paper and learned:
+            raise InputError("the paper's form and a learned schedule are for Gaussian diffusions, and one at a time")
         self.diffusion, self.xp, self.dtype = diffusion, diffusion.xp, np.dtype(dtype)
         self.shape, self.pixels, self.channels, self.maps = tuple(shape), shape[0] * shape[1], shape[2], maps
         self.D, self.scales, self.edges, self.patch = self.pixels * self.channels, scales, edges, patch
@@ -1008,8 +1027,8 @@ class IdealKernel:
 
     dtype = np.dtype("float64")
 
-    def __init__(self, diffusion, moments):
-        self.diffusion, self.moments = diffusion, moments
+    def __init__(self, diffusion, moments, D):
+        self.diffusion, self.moments, self.D = diffusion, moments, D
 
     def replica(self):
         return self
@@ -1157,9 +1176,9 @@ class DPM:
         steps   how many of the T - 1 KLs to draw for each example, spread over all t and all examples; None computes every one.
         Returns a dict: K, K_se (standard error of the mean over examples), L_null = mean log null(x_0), K_minus_L_null and its
         _se, kl (T + 1,), entry t the part of step t (0 for t < 2), H_q_T, H_q_1, H_p_T, the entropies of all D dimensions,
-        K_each (n,), and H_p (T + 1,), the mean entropy of p(x_{t-1} | x_t). K is exactly -kl.sum() + H_q_T - H_q_1 - H_p_T.
+        K_each (n,), and H_p (T + 1,), the mean entropy of p(x_{t-1} | x_t), nan where no t was drawn. rng: of NumPy. K is exactly -kl.sum() + H_q_T - H_q_1 - H_p_T.
         """
-        xp, q, (n, D), T = self.xp, self.diffusion, x0.shape, self.T
+        xp, q, n, T = self.xp, self.diffusion, len(x0), self.T
         steps = min(steps or T - 1, T - 1)
         t = stratified(n * steps, T, rng.random()).reshape(steps, n)   # steps = T - 1: row j is t = 2 + j for every example,
         t = rng.permuted(t, axis=1)                                    # else no example may be tied to one part of each row
@@ -1175,16 +1194,16 @@ class DPM:
                 kl += np.bincount(row, part, T + 1) / n
                 H_p += np.bincount(row, to_host(q.entropy(*q.reverse(xt, t_row, out))), T + 1)
         x0 = xp.asarray(x0)
-        H_q_T, H_q_1, null = to_host(q.H_q(T, x0)), to_host(q.H_q(1, x0)), to_host(q.log_null(x0))
-        each = -each + H_q_T - H_q_1 - D * q.H_pi
-        H_q_T, H_q_1, H_p_T = float(H_q_T.mean()), float(H_q_1.mean()), D * q.H_pi
+        H_q_T, H_q_1, H_p_T, null = (to_host(a) for a in (q.H_q(T, x0), q.H_q(1, x0), q.H_p(x0), q.log_null(x0)))
+        each = -each + H_q_T - H_q_1 - H_p_T
+        H_q_T, H_q_1, H_p_T = (float(a.mean()) for a in (H_q_T, H_q_1, H_p_T))
 
         def se(values):
             return float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
 
         return dict(K=float(-kl.sum() + H_q_T - H_q_1 - H_p_T), K_se=se(each), L_null=float(null.mean()),
                     K_minus_L_null=float(each.mean() - null.mean()), K_minus_L_null_se=se(each - null),
-                    kl=kl, H_q_T=H_q_T, H_q_1=H_q_1, H_p_T=H_p_T, K_each=each, H_p=H_p / np.maximum(count, 1))
+                    kl=kl, H_q_T=H_q_T, H_q_1=H_q_1, H_p_T=H_p_T, K_each=each, H_p=np.where(count, H_p, math.nan) / np.maximum(count, 1))
 
     def entropy_bounds(self, x0):
         """The bounds of eq. 24 (appendix A) on the entropy of every reverse step, for data x0 (n, D): lower and upper (T + 1,), nats,
@@ -1203,7 +1222,7 @@ class DPM:
 
     def log_weights(self, x0, trajectories, rng, batch=8192):
         """log w (n, trajectories), nats, of forward trajectories of each x0 (n, D) under the model (eqs. 6-9), annealed importance
-        sampling by the diffusion, Jarzynski's average of the work:
+        sampling by the diffusion, Jarzynski's average of the work; rng is NumPy's:
 
             w = p(x_T) prod_{t=1..T} p(x_{t-1} | x_t) / q(x_t | x_{t-1})        E_q w = p(x_0)        E_q log w = K
 
@@ -1305,7 +1324,9 @@ class DPM:
                 noise = xp.asarray(np.concatenate([q.noise((N, D), rng) for rng in rngs]))
                 return part.draw(p, t, noise) if part else (q.step(*p, noise), 0.0)
 
-            x, _ = draw(tuple(xp.full((len(rngs) * N, D), parameter) for parameter in q.pi), self.T)
+            x, log_Z = draw(tuple(xp.full((len(rngs) * N, D), parameter) for parameter in q.pi), self.T)
+            if N > 1:
+                log_w += to_host(log_Z).reshape(log_w.shape)
             for t in range(self.T, 0, -1):
                 if t in kept:
                     past[t] = x
@@ -1321,7 +1342,8 @@ class DPM:
                     if t == 1:
                         chosen = pick(w, u)
                     elif low.any():
-                        chosen = np.where(low[:, None], pick(w, (np.arange(N) + u) / N), np.arange(N))
+                        chosen = np.tile(np.arange(N), (len(rngs), 1))
+                        chosen[low] = pick(w[low], (np.arange(N) + u[low]) / N)
                         log_w[low] = 0
                     else:
                         continue

@@ -93,11 +93,11 @@ def to_complete(model, dataset, args, number):
     """Normalised examples (number, D): test examples, or the user's pictures."""
     if not args.input:
         truth = dataset.held_out(number, seed=args.seed)
-        if len(truth) < number:
+        if len(truth) < (args.number or 1):
             raise dpm.InputError(f"--number {number}: {dataset.name} has only {len(truth)} test examples")
         return truth
     if not dataset.bytes or model.kernel.pixels == 1:
-        raise dpm.InputError(f"--input takes pictures, and {dataset.name} is not made of pictures")
+        raise dpm.InputError(f"--input takes pictures, and {dataset.name} is not made of 8-bit pictures")
     pictures = data.read_pictures(args.input, dataset.shape)[:args.number]
     return dataset.normalise(pictures.reshape(len(pictures), -1), dpm.generator(np, "input", args.seed))
 
@@ -128,7 +128,7 @@ def nearest(dataset, x):
 
 def report(model, args, truth, given, unknown, samples):
     """What can be measured of posterior samples (number, DRAWS, D)."""
-    mean, deviation = samples.mean(1), "in units of the data's deviation"
+    mean, deviation = samples.mean(1), "bits" if model.about["binary"] else "in units of the data's deviation"
     if unknown is not None:
         change = np.abs(samples[:, :, ~unknown] - truth[:, None, ~unknown]).max()
         print(f"known values: changed by {change:g}; missing ones: {samples[:, :, unknown].std(1).mean():.3f} apart between samples, {deviation}")
@@ -167,7 +167,13 @@ def main():
     model = dpm.DPM.load(checkpoint, dpm.backend(args.gpu))
     print(f"{checkpoint} on {train.device_name(model.xp)}: {model.about['dataset']}, T = {model.T}", flush=True)
     T, image = model.T, model.kernel.pixels > 1
-    dataset = train.load_for(model) if mode != "samples" or image else None
+    drawn_in_rows = image or model.about["binary"]
+    try:
+        dataset = train.load_for(model)
+    except dpm.InputError:
+        if mode != "samples":
+            raise
+        dataset = None  # sampling does without; only the nearest training images are not looked for
     how = args.r_schedule or ("constant" if args.particles == 1 else "diffused")
     bar = lambda name: lambda s: tqdm(s, desc=name)
     times = lambda n: sorted({round(T * i / n) for i in range(n + 1)}, reverse=True)  # T..0
@@ -185,16 +191,19 @@ def main():
     rows, columns = samples, 8 if image else 1
     if r:
         sets = dict(truth=truth, given=given, samples=samples.reshape(number, DRAWS, -1))
+        if args.input and mode == "denoise":  # nobody knows what is under this noise
+            del sets["truth"]
         arrays = {name: model.raw(x) for name, x in sets.items()} | ({} if unknown is None else {"unknown": unknown})
         report(model, args, truth, given, unknown, sets["samples"])
-        rows, layout = [truth[:, None], given[:, None], sets["samples"]], f": truth, what is given, {DRAWS} posterior samples"
-        if mode == "denoise":
+        rows = [sets[name].reshape(number, -1, samples.shape[1]) for name in sets]
+        layout = f": {'truth, ' if 'truth' in sets else ''}what is given, {DRAWS} posterior samples"
+        if mode == "denoise" and drawn_in_rows:
             rows.append(sets["samples"].mean(1, keepdims=True))
             layout += ", their mean"
             if image:
                 rows.append(dpm.to_host(model.sample(number, args.seed + 1, progress=bar("free samples")))[:, None])
                 layout += ", and a sample that was given nothing"
-    if image:
+    if image and dataset:
         first = samples[::DRAWS] if r else samples
         close, distance = nearest(dataset, first)
         _, usual = nearest(dataset, dataset.held_out(len(first)))
@@ -212,15 +221,15 @@ def main():
     written = [out.with_name(out.name + end) for end in (".png", ".npz")]
     with dpm.written_whole(written[1]) as part:
         np.savez(part, **arrays)
-    if image or model.about["binary"]:
+    if drawn_in_rows:
         train.save_picture(picture_of(model, columns)(rows), written[0])
     else:
         train.save_picture(train.points_picture(sets if r else dict(samples=samples)), written[0])
     if args.trajectory:
         written.append(out.with_name(out.name + "-trajectory.png"))
         some = samples[:8] if not r else samples[::DRAWS][:8]
-        ways = {t: (kept[t] if not r else kept[t][::DRAWS])[:len(some)] if image or model.about["binary"] else kept[t] for t in strip}
-        if image or model.about["binary"]:
+        ways = {t: (kept[t] if not r else kept[t][::DRAWS])[:len(some)] if drawn_in_rows else kept[t] for t in strip}
+        if drawn_in_rows:
             train.save_picture(picture_of(model, len(ways))(np.stack(list(ways.values()), 1).reshape(-1, samples.shape[1])), written[-1])
         else:
             train.save_picture(train.points_picture({f"t = {t}": x for t, x in ways.items()}, size=2), written[-1])

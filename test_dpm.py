@@ -379,7 +379,7 @@ def test_K_star_of_gaussian_data(variance, K_star):
     are linear, every KL is a quadratic of (x_0, eps), so four points with the right second moments give its expectation."""
     q = dpm.Gaussian(np.concatenate([[1], np.cumprod(1 - np.linspace(1e-3, 0.2, 50))]))
     s = math.sqrt(variance)
-    model = dpm.DPM(q, dpm.IdealKernel(q, data.Mixture([[0.0]], s).moments))
+    model = dpm.DPM(q, dpm.IdealKernel(q, data.Mixture([[0.0]], s).moments, 1))
     found = model.bound(np.array([[-s], [-s], [s], [s]]), Signs(np.array([[-1.0], [1.0], [-1.0], [1.0]])))
     H = lambda v: 0.5 * math.log(2 * math.pi * math.e * v)
     at = lambda t: q.alpha_bar[t] * variance + 1 - q.alpha_bar[t]
@@ -459,7 +459,7 @@ def test_swissroll_K_star_and_truth():
     assert abs(finer.mean()) < 1e-5 and np.abs(finer).max() < 0.02
     for kind, K_star in [("logsnr", -1.31), ("paper", -1.93)]:
         q = dpm.Gaussian(dpm.schedule(kind, 40, 0.004 ** 2))
-        best = dpm.DPM(q, dpm.IdealKernel(q, roll.truth.moments)).bound(x0, rng(19), steps=13)["K_each"] / LN2
+        best = dpm.DPM(q, dpm.IdealKernel(q, roll.truth.moments, 2)).bound(x0, rng(19), steps=13)["K_each"] / LN2
         gap = truth - best  # paired: the points' own luck cancels
         assert gap.mean() == pytest.approx(-1.08 - K_star, abs=0.03 + 4 * gap.std() / math.sqrt(len(x0)))
 
@@ -585,16 +585,16 @@ def exact_parts(model, states, p0, forward):
     return kls, H_q
 
 
-@pytest.mark.parametrize("n, rate", [(1, 0.5), (3, 0.5), (4, 0.5), (3, None)])
+@pytest.mark.parametrize("n, rate", [(1, 0.5), (3, 0.5), (4, 0.8), (3, None)])
 def test_K_by_enumeration(n, rate):
     """K from KLs and entropies (eq. 14) is K over all trajectories: E_q of log p(x_T) + sum log p(x_{t-1}|x_t) - log q(x_t|x_{t-1})
-    (eq. 12), which is below the log likelihood; wherever the mean of the data is the rate of pi."""
+    (eq. 12), which is below the log likelihood, whatever the rate of pi; where the mean of the data is, H_p(X_T) is its entropy."""
     p0 = np.array([0.25, 0.15, 0.05, 0.15, 0.2, 0.0, 0.1, 0.1]) if rate is None else None
     model, states, p0, forward, reverse, pi = bits(n, rate=rate or 0.4, p0=p0)
-    assert rate or model.diffusion.mean == pytest.approx(0.4)
+    assert rate or model.diffusion.H_p(states) @ p0 == pytest.approx(-3 * (0.4 * math.log(0.4) + 0.6 * math.log(0.6)))
     q = model.diffusion
     kls, H_q = exact_parts(model, states, p0, forward)
-    K = -kls + H_q[-1] - H_q[1] - n * q.H_pi
+    K = -kls + H_q[-1] - H_q[1] - q.H_p(states) @ p0
     p_t, direct, likelihood = p0, 0.0, pi
     for t in range(1, q.T + 1):
         joint = forward[t] * p_t  # [x_t, x_{t-1}]
@@ -622,7 +622,7 @@ def test_binomial_at_initialisation_K_is_L_null():
     p0[[1, 2, 4]] = 1 / 3
     model, states, p0, forward, _, pi = bits(rate=1 / 3, size=0.0, p0=p0)
     kls, H_q = exact_parts(model, states, p0, forward)
-    assert -kls + H_q[-1] - H_q[1] - 3 * model.diffusion.H_pi == pytest.approx(p0 @ np.log(pi), rel=1e-10)
+    assert -kls + H_q[-1] - H_q[1] - model.diffusion.H_p(states) @ p0 == pytest.approx(p0 @ np.log(pi), rel=1e-10)
 
 
 def test_ideal_binomial_kernel_over_the_five_phases():
@@ -636,7 +636,7 @@ def test_ideal_binomial_kernel_over_the_five_phases():
         xt = q.diffuse(beat.held_out(7), at, rng(51).random((7, 20)))
         like = np.array([[np.prod(np.where(x == 1, f, 1 - f)) for f in q.alpha_bar[t] * patterns + 0.2 * (1 - q.alpha_bar[t])] for x in xt])
         like /= like.sum(1, keepdims=True)
-        out = dpm.IdealKernel(q, lambda x, a: beat.truth.moments(x, a, 0.2)).forward(xt, at)
+        out = dpm.IdealKernel(q, lambda x, a: beat.truth.moments(x, a, 0.2), 20).forward(xt, at)
         expected = sum(like[:, [i]] * q.posterior(patterns[[i]], xt, at)[0] for i in range(5))
         np.testing.assert_allclose(q.reverse(xt, at, out)[0], expected, rtol=1e-7)
 
@@ -646,8 +646,7 @@ def test_heartbeat_K_star(kind, rate, K_star):
     """The table of known numbers at T = 200; L = log2(1/5) = -2.322 bits. And its ideal model draws heartbeats, all phases alike."""
     beat = data.load("heartbeat")
     q = dpm.Binomial(dpm.schedule(kind, 200, 1 / 200 if kind == "paper" else 1e-5), rate=rate, mean=0.2)
-    kernel = dpm.IdealKernel(q, lambda x, a: beat.truth.moments(x, a, rate))
-    kernel.D = 20
+    kernel = dpm.IdealKernel(q, lambda x, a: beat.truth.moments(x, a, rate), 20)
     model = dpm.DPM(q, kernel)
     x0 = beat.held_out(1000)
     assert beat.truth.log_density(x0) / LN2 == pytest.approx(math.log2(1 / 5))
@@ -779,8 +778,7 @@ def test_mixture():
 
 def gaussian_model(variance=4.0, T=50, D=1):
     q = dpm.Gaussian(np.concatenate([[1], np.cumprod(1 - np.linspace(1e-3, 0.2, T))]))
-    kernel = dpm.IdealKernel(q, data.Mixture(np.zeros((1, D)), math.sqrt(variance)).moments)
-    kernel.D = D
+    kernel = dpm.IdealKernel(q, data.Mixture(np.zeros((1, D)), math.sqrt(variance)).moments, D)
     return dpm.DPM(q, kernel)
 
 
@@ -890,9 +888,8 @@ def ar1_case(denoise):
         gain = math.sqrt(a) * S @ np.linalg.inv(a * S + (1 - a) * np.eye(8))
         return x @ gain.T, np.broadcast_to(np.diag(S - math.sqrt(a) * gain @ S), x.shape)
 
-    q = dpm.Gaussian(dpm.schedule("logsnr", 100, 1e-3))
-    kernel = dpm.IdealKernel(q, moments)
-    kernel.D = 8
+    q = dpm.Gaussian(dpm.schedule("logsnr", 50 if denoise else 100, 1e-3))
+    kernel = dpm.IdealKernel(q, moments, 8)
     y = np.linalg.cholesky(S) @ r.standard_normal(8)
     known = np.arange(8) < 8 if denoise else np.arange(8) % 2 == 0
     sigma = np.where(known, 0.5 if denoise else 0, np.inf)
@@ -906,7 +903,7 @@ def ar1_case(denoise):
         m, c, inverse = x[:, unknown].mean(0) - mean, np.cov(x[:, unknown].T), np.linalg.inv(C)
         return 0.5 * (np.trace(inverse @ c) - len(m) + m @ inverse @ m + np.linalg.slogdet(C)[1] - np.linalg.slogdet(c)[1])
 
-    return dpm.DPM(q, kernel), dpm.Observation(y, sigma), 3000, distance
+    return dpm.DPM(q, kernel), dpm.Observation(y, sigma), 3000 if denoise else 1500, distance
 
 
 def roll_case():
@@ -915,14 +912,13 @@ def roll_case():
     fine = (np.arange(60 * 50) + 0.5) / 500 - 3
     truth = np.exp(roll.truth.log_density(np.stack([np.full(len(fine), 0.5), fine], 1))).reshape(60, 50).sum(1)
     distance = lambda x: 0.5 * np.abs(np.histogram(x[:, 1], np.linspace(-3, 3, 61))[0] / len(x) - truth / truth.sum()).sum()
-    return model, dpm.Observation([0.5, 0], [0, np.inf]), 2500, distance
+    return model, dpm.Observation([0.5, 0], [0, np.inf]), 1500, distance
 
 
 def modes_case():
     """Two modes of weights 3/4 and 1/4 under a product of an Observation and a Function: how far the weights of the modes are off."""
     q = dpm.Gaussian(dpm.schedule("logsnr", 200, 1e-3))
-    kernel = dpm.IdealKernel(q, data.Mixture([[-1.2], [-1.2], [-1.2], [1.2]], 0.3).moments)
-    kernel.D = 1
+    kernel = dpm.IdealKernel(q, data.Mixture([[-1.2], [-1.2], [-1.2], [1.2]], 0.3).moments, 1)
     x = np.linspace(-6, 6, 60001)
     posterior = (0.75 * np.exp(-0.5 * (x + 1.2) ** 2 / 0.09) + 0.25 * np.exp(-0.5 * (x - 1.2) ** 2 / 0.09)) * np.exp(-0.5 * (x - 0.2) ** 2 / 0.64 + 0.3 * np.sin(x))
     weight = posterior[x > 0].sum() / posterior.sum()
@@ -971,6 +967,18 @@ def test_posteriors_against_the_truth(name, case, limit):
     print(f"\n| {name} | " + " | ".join(f"{d:.3f}" for d in found.values()) + f" | {model.T - 1} | {N} x {model.T - 1} |")
     assert found[how, N] < limit
     assert found["constant", 1] > 2 * found[how, N]
+
+
+@pytest.mark.parametrize("how", ["constant", "annealed", "diffused"])
+def test_particles_are_exact_for_a_function_at_every_t(how):
+    """Also x_T has a weight, which matters where a Function tilts a pi that still remembers: few steps, alpha_bar_T = 0.13. White data
+    has exact kernels; under the Gaussian r its posterior is N(2 / 2.44, 1.44 / 2.44)."""
+    q = dpm.Gaussian(np.array([1, 0.95, 0.6, 0.13]))
+    model = dpm.DPM(q, dpm.IdealKernel(q, data.Mixture([[0.0]], 1.0).moments, 1))
+    r = dpm.Function(lambda x: -0.5 * (x[:, 0] - 2) ** 2 / 1.44, lambda x: (2 - x) / 1.44)
+    x = model.sample(4000, 7, r, how, 200, batch=100_000)
+    assert x.mean() == pytest.approx(2 / 2.44, abs=4 * math.sqrt(1.44 / 2.44 / 4000))
+    assert x.var() == pytest.approx(1.44 / 2.44, rel=5 * math.sqrt(2 / 4000))
 
 
 def test_particles_do_not_depend_on_the_batch():
@@ -1135,9 +1143,9 @@ def place(tmp_path_factory):
     """A folder with small data in it and trained runs: of vectors with a fixed and a learned schedule, of images, of bits."""
     place = tmp_path_factory.mktemp("place")
     np.save(place / "digits.npy", small_digits())
-    for arguments in (("--steps", 300), ("--steps", 300, "--schedule", "learned", "--timesteps", 10, "--out", "runs/learned"),
+    for arguments in (("--steps", 300, "--timesteps", 10), ("--steps", 300, "--schedule", "learned", "--timesteps", 10, "--out", "runs/learned"),
                       ("--dataset", "digits.npy", "--steps", 30, "--timesteps", 20, "--batch-size", 16),
-                      ("--dataset", "heartbeat", "--steps", 400, "--timesteps", 100)):
+                      ("--dataset", "heartbeat", "--steps", 400, "--timesteps", 30)):
         done = script("train.py", *arguments, cwd=place)
         assert done.returncode == 0, done.stderr
     return place
@@ -1161,7 +1169,7 @@ def test_train_leaves_everything(place):
         assert estimates == sorted(estimates) and estimates[-1] < r["estimate_L_bits"] + 3 * r["L_minus_estimate_1000_bits_se"], name
         assert estimates[0] == pytest.approx(r["K_bits"], abs=5 * r["estimate_1_bits_se"]), name
     beat = json.loads((place / "runs" / "heartbeat" / "result.json").read_text())
-    assert beat["L_null_bits"] == pytest.approx(-14.4386, abs=1e-3) and -4.2 < beat["K_bits"] < beat["K_star_bits"] < -2.33
+    assert beat["L_null_bits"] == pytest.approx(-14.4386, abs=1e-3) and -6 < beat["K_bits"] < beat["K_star_bits"] < -2.33
     with np.load(place / "runs" / "learned" / "checkpoint.npz") as file:  # what the weights say was learned is what is evaluated
         model = dpm.DPM.load(place / "runs" / "learned" / "checkpoint.npz")
         learned = dpm.LearnedSchedule(10, 1 - file["alpha_bar"][1]).forward(model.kernel.W["schedule.psi"])
@@ -1266,8 +1274,8 @@ def test_sample_script_shows_trajectories(place, run, number):
         done = script("sample.py", "--checkpoint", f"runs/{run}", "--number", number, *flags, "--trajectory", "--gif", "--out", f"way{run}", cwd=place)
         assert done.returncode == 0, done.stderr
         with Image.open(place / f"way{run}.gif") as gif:
-            T = {"swissroll": 40, "digits": 20, "heartbeat": 100}[run]
-            assert gif.n_frames == min(T, 60) + 1
+            T = {"swissroll": 10, "digits": 20, "heartbeat": 30}[run]
+            assert T / 4 < gif.n_frames <= T + 1  # frames that are the same become one
             first = np.asarray(gif.convert("L")).astype(float)
             gif.seek(gif.n_frames - 1)
             last = np.asarray(gif.convert("L")).astype(float)
@@ -1381,9 +1389,10 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
         ("unnamed.npz", "name one of them"), ("unlike.npz", "must agree"), ("cut.npy", "cannot be read"), ("cut.idx", "damaged"),
         ("cut.gz", "cannot be read"), ("noise.idx", "not an IDX"), ("folder", "without pictures"), ("swissroll:x", "noise of the roll")]]
     cases += [(["train.py", "--dataset", "heartbeat", *flags], says) for flags, says in [
-        (("--schedule", "learned"), "is binary"), (("--form", "paper"), "is binary"), (("--rate", "1"), "between 0 and 1")]]
+        (("--schedule", "learned"), "is binary"), (("--form", "paper"), "is binary"), (("--rate", "1"), "between 0.0001 and")]]
     cases += [(["train.py", "--rate", "0.5"], "--rate is for binary data"), (["train.py", "--schedule", "learned", "--form", "paper"], "needs --form correction"),
-              (["train.py", "--parzen"], "--evaluate DIR"), (["train.py", "--evaluate", place / "runs" / "swissroll", "--parzen"], "images of bytes")]
+              (["train.py", "--parzen"], "--evaluate DIR"), (["train.py", "--evaluate", place / "runs" / "swissroll", "--parzen"], "images of bytes"),
+              (["train.py", "--evaluate", place / "runs" / "swissroll", "--steps", "5"], "leave --steps away")]
     cases += [([broken / "train.py", "--dataset", "mnist"], "checksum"),
               (["train.py", "--out", "digits"], "another run"), (["train.py", "--steps", "0"], "must be positive"),
               (["train.py", "--timesteps", "1"], "2 or more"), (["train.py", "--resume", "nowhere"], "no such checkpoint"),
@@ -1395,7 +1404,7 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
               (["sample.py", "--checkpoint", "nowhere"], "no such checkpoint"), (["sample.py", "--checkpoint", "digits", "--inpaint"], "was trained on"),
               (["sample.py", "--checkpoint", "mnist-like", "--denoise", "-1"], "positive"), (["sample.py", *known, "--number", "0"], "positive"),
               (["sample.py", *known, "--particles", "4"], "go with"), (["sample.py", *known, "--input", "mask5.png"], "go with"),
-              (["sample.py", "--checkpoint", place / "runs" / "heartbeat", "--inpaint", "--input", "mask5.png"], "not made of pictures")]
+              (["sample.py", "--checkpoint", place / "runs" / "heartbeat", "--inpaint", "--input", "mask5.png"], "not made of 8-bit pictures")]
     if dpm.backend() is np:
         cases += [(["train.py", "--gpu"], "--gpu:"), (["sample.py", *known, "--gpu"], "--gpu:")]
     files = sorted(tmp_path.rglob("*"))
@@ -1580,7 +1589,7 @@ def test_scripts_on_the_stand_in(dataset, flags, tmp_path, monkeypatch):
 
 
 # Looked up in CuPy 14.2, in cupy, cupy.random and cupy.cuda
-IN_CUPY = set("abs add asarray bincount broadcast_to concatenate cos cumsum divide empty empty_like exp expm1 full isinf linspace log log1p "
+IN_CUPY = set("abs add arange asarray broadcast_to concatenate cos cumsum divide empty empty_like exp full isinf linspace log "
               "matmul maximum minimum multiply ones sin sqrt stack subtract tanh where zeros zeros_like".split())
 
 

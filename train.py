@@ -55,7 +55,7 @@ def arguments():
     p.add_argument("--gpu", action=argparse.BooleanOptionalAction, help="compute with CuPy on a GPU, or not (default: if there is one)")
     p.add_argument("--out", metavar="DIR", help="the run's directory (default: runs/<dataset>, with -2, -3, ... where taken)")
     p.add_argument("--resume", metavar="DIR", nargs="?", const="", help="go on with the run in DIR (default: --out, else runs/<dataset>)")
-    p.add_argument("--evaluate", metavar="DIR", nargs="+", help="only evaluate the run in DIR, or a checkpoint file (then into runs/<its name>); "
+    p.add_argument("--evaluate", metavar="DIR", nargs="+", help="only evaluate the run in DIR, or a checkpoint file (then into runs/<its folder and name>); "
                    "of several runs, also compare their K in runs/comparison.png")
     p.add_argument("--parzen", action="store_true", help="with --evaluate, for images of bytes: the Parzen estimate of the paper's Table 2, from 10,000 samples")
     p.add_argument("--benchmark", action="store_true", help="only measure the speed of training and sampling (default data set here: mnist)")
@@ -100,8 +100,8 @@ def settings(args, dataset):
 
 
 def new_model(dataset, chosen, kernel_options, xp):
-    """beta_1 is the variance of the smallest detail there is to model; a bit that has none is flipped once in 1e5, or as often as
-    the paper's schedule says for t = 1."""
+    """beta_1 is the variance of the smallest detail there is to model; a bit, which has none, is forgotten once in 1e5, or as often
+    as the paper's schedule says for t = 1."""
     T, kind = chosen["timesteps"], chosen["schedule"]
     if dataset.binary:
         alpha_bar = dpm.schedule(kind, T, 1 / T if kind == "paper" else 1e-5)
@@ -128,7 +128,7 @@ def train(model, adam, dataset, out, seconds=0.0):
     number, steps, seed, dtype = chosen["batch_size"], chosen["steps"], chosen["seed"], model.kernel.dtype
     log_every = max(1, steps // 200)
     q, mean = model.diffusion, xp.full((1, D), model.diffusion.mean)
-    checkpoint, stopped = out / "checkpoint.npz", []
+    checkpoint, stopped, norm = out / "checkpoint.npz", [], 0.0
     begun, saved_at, saved_step, recent = time.perf_counter() - seconds, -math.inf, adam.step, []
 
     def stop(*_):  # the step at hand is finished first; a second Ctrl-C does not wait for it
@@ -161,7 +161,7 @@ def train(model, adam, dataset, out, seconds=0.0):
             if line_is_due:
                 t, kl = (dpm.to_host(xp.concatenate(parts)) for parts in zip(*recent))
                 # L_null = -D H_null for the training data, so K - L_null is the KLs against the entropies
-                climbed = float(q.H_q(T, mean)[0] - q.H_q(1, mean)[0]) + D * (q.H_null - q.H_pi) - kl.mean()
+                climbed = float(q.H_q(T, mean)[0] - q.H_q(1, mean)[0]) + D * q.H_null - float(q.H_p(mean)[0]) - kl.mean()
                 quarter = np.minimum((t - 2) * 4 // (T - 1), 3)
                 log.writerow([adam.step, f"{time.perf_counter() - begun:.1f}", f"{climbed / LN2:.5g}",
                               *(f"{-np.sum(kl[quarter == i]) / len(kl) / LN2:.5g}" for i in range(4))])
@@ -174,6 +174,7 @@ def train(model, adam, dataset, out, seconds=0.0):
                 if time.perf_counter() - saved_at > SAVE_EVERY:
                     save()
                     saved_at, saved_step = time.perf_counter(), adam.step
+    check(norm)
     save()
     signal.signal(signal.SIGINT, handler)
     if stopped:
@@ -186,13 +187,11 @@ def evaluate(path, gpu, parzen=False):
     checkpoint = checkpoint_in(path)
     model = dpm.DPM.load(checkpoint, dpm.backend(gpu))
     dataset = load_for(model)
-    if parzen and not dataset.bytes:
-        raise dpm.InputError(f"--parzen is for images of bytes; {dataset.name} is not")
     print(f"evaluating {checkpoint} on {device_name(model.xp)}", flush=True)
     q, T, D, image, about, truth = model.diffusion, model.T, model.kernel.D, model.kernel.pixels > 1, model.about, dataset.truth
     # Enough for a standard error of about 0.005 bits/dim; every t is used for as many examples as every other
     x0 = dataset.held_out(10_000 if image else 16_000)
-    steps = min(T - 1, 10 if image else 40)
+    steps = min(T - 1, max(10 if image else 40, -(-2 * T // len(x0))))
     started = time.perf_counter()
 
     def bound(of, x0):
@@ -204,7 +203,7 @@ def evaluate(path, gpu, parzen=False):
     found = bound(model, x0)
     lower, upper = model.entropy_bounds(x0)
     result = dict(dataset=dataset.name, examples=len(x0), timesteps=T, steps=about["trained_steps"],
-                  seconds=about["seconds"], device=about["device"], dimension=D, shift=model.shift, scale=model.scale,
+                  seconds=about["seconds"], device=about["device"], dimension=D, pixels=model.kernel.pixels, shift=model.shift, scale=model.scale,
                   schedule=about["schedule"], form=about["form"], K_bits=found["K"] / LN2, K_bits_se=found["K_se"] / LN2,
                   L_null_bits=found["L_null"] / LN2, K_minus_L_null_bits=found["K_minus_L_null"] / LN2,
                   K_minus_L_null_bits_se=found["K_minus_L_null_se"] / LN2, kl_bits=(found["kl"] / LN2).tolist(),
@@ -219,7 +218,7 @@ def evaluate(path, gpu, parzen=False):
         else:
             moments, some = truth.moments, max(500, 4000 * 2000 // len(truth.centres))  # a sum over the centres for each row
         on_host = type(q)(dpm.to_host(q.alpha_bar), **q.config)
-        ideal = dpm.DPM(on_host, dpm.IdealKernel(on_host, moments))
+        ideal = dpm.DPM(on_host, dpm.IdealKernel(on_host, moments, D))
         best, ours = bound(ideal, x0[:some]), bound(model, x0[:some])  # with the same noise: points and noise cancel in the difference
         L = truth.log_density(x0)
         result |= mean_and_se("K_star_minus_K", best["K_each"] - ours["K_each"]) | mean_and_se("L_true", L)
@@ -233,7 +232,7 @@ def evaluate(path, gpu, parzen=False):
             result |= mean_and_se(f"estimate_{S}", each) | mean_and_se(f"L_minus_estimate_{S}", L - each)
     if parzen:
         result |= parzen_estimate(model, dataset)
-    out = checkpoint.parent if checkpoint.name == "checkpoint.npz" else pathlib.Path("runs") / checkpoint.stem
+    out = checkpoint.parent if checkpoint.name == "checkpoint.npz" else pathlib.Path("runs") / f"{checkpoint.absolute().parent.name}-{checkpoint.stem}"
     out.mkdir(parents=True, exist_ok=True)
     draw_curve(out)
     draw_by_t(T, {"the model": found["kl"]} | ({"the ideal kernel": best["kl"]} if truth else {}),
@@ -274,10 +273,10 @@ def parzen_estimate(model, dataset, number=10_000, valid=1000):
 
 
 def print_page(r, image, binary):
-    D, unit = r["dimension"], "bits/pixel of data with unit variance" if image else "bits of data with unit variance"
+    unit = "bits/pixel of data with unit variance" if image else "bits of data with unit variance"
     if binary:
         unit = "bits/pixel" if image else "bits/sequence"
-    per = D if image else 1
+    per = r["pixels"] if image else 1
 
     def row(name, key, note="", sign=1):
         value, se = (r[key] if isinstance(r[key], float) else sum(r[key])), r.get(f"{key}_se")
@@ -333,6 +332,7 @@ def compare(results):
     axis.set_xticks(T, T)
     axis.minorticks_off()
     axis.legend()
+    pathlib.Path("runs").mkdir(exist_ok=True)
     save_figure(figure, pathlib.Path("runs") / "comparison.png")
     print("runs/comparison.png")
 
@@ -372,7 +372,8 @@ def benchmark(args):
     rate = statistics.median(2 * model.threads * size ** 3 / r / 1e9 for r, _ in rounds)
     seconds = statistics.median(s for _, s in rounds)
     share = statistics.median(model.kernel.flop(number) / s / (2 * model.threads * size ** 3 / r) for r, s in rounds)
-    x, t = xp.asarray(dataset.held_out(64)), xp.full(64, 2)
+    x = xp.asarray(dataset.held_out(64))
+    t = xp.full(len(x), 2)
     reverse = clock(lambda i: model.diffusion.reverse(x, t, model.forward(x, t)), 25)
     gflop = model.kernel.flop(number) / 1e9
     print(f"{dataset.name} on {device_name(xp)}, {chosen['dtype']}")
@@ -380,7 +381,7 @@ def benchmark(args):
     print(f"  a step of {number:<5}          {seconds * 1e3:.1f} ms, {number / seconds:,.0f} images/s")
     print(f"  its matrix products      {gflop:.2f} GFLOP, {gflop / seconds:,.0f} GFLOP/s")
     print(f"  a plain product          {rate:,.0f} GFLOP/s ({model.threads} x {size}^3 at once); the step runs at {share:.0%} of it")
-    print(f"  a reverse step of 64     {reverse * 1e3:.2f} ms")
+    print(f"  a reverse step of {len(x):<6} {reverse * 1e3:.2f} ms")
     print(f"  peak memory              {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if platform.system() == 'Linux' else 30):.2f} GiB")
 
 
@@ -562,6 +563,8 @@ def start(args):
 
 def resume(args):
     """A stopped run, as its last checkpoint has it; of the flags only --steps may differ from what it was started with."""
+    if args.dataset is not None:
+        args.dataset = data.load(args.dataset).name  # as the run has it
     out = pathlib.Path(args.resume or args.out or f"runs/{run_name(args.dataset or 'swissroll')}")
     model, adam = dpm.DPM.resume(out / "checkpoint.npz", dpm.backend(args.gpu))
     for name in ("dataset", "batch_size", "lr", "timesteps", "schedule", "rate", "form", "seed", "dtype"):
@@ -591,6 +594,14 @@ def main():
     if args.parzen and not args.evaluate:
         raise dpm.InputError("--parzen goes with --evaluate DIR")
     if args.evaluate:
+        given = [name for name in ("dataset", "out", "resume", "steps", "batch_size", "lr", "timesteps", "schedule", "rate", "form", "seed", "dtype")
+                 if getattr(args, name) is not None]
+        if given:
+            raise dpm.InputError(f"--evaluate takes a run as it is; leave --{given[0].replace('_', '-')} away")
+        for path in args.evaluate if args.parzen else ():
+            model = dpm.DPM.load(checkpoint_in(path))
+            if model.kernel.pixels == 1 or not model.about["bytes"]:
+                raise dpm.InputError(f"--parzen is for images of bytes; {path} is not a model of them")
         results = [evaluate(path, args.gpu, args.parzen) for path in args.evaluate]
         return compare(results) if len(results) > 1 else None
     model, adam, dataset, out = start(args) if args.resume is None else resume(args)

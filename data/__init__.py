@@ -120,7 +120,7 @@ class Data:
         """raw -> x; bytes get their uniform noise here."""
         if self.bytes:
             raw = raw + rng.random(raw.shape, dtype=dtype)
-        return ((raw - self.shift) / self.scale).astype(dtype)
+        return ((raw.astype(dtype) - self.shift) / self.scale).astype(dtype)
 
 
 class SwissRoll(Data):
@@ -185,8 +185,8 @@ def load(name_or_path):
             noise = float(noise or 0.04)
         except ValueError:
             noise = 0
-        if not 1e-4 <= noise <= 1:
-            raise InputError(f"data set '{name_or_path}': the noise of the roll is a number from 0.0001 to 1, as in swissroll:0.002")
+        if not 1e-3 <= noise <= 1:
+            raise InputError(f"data set '{name_or_path}': the noise of the roll is a number from 0.001 to 1, as in swissroll:0.002")
         return SwissRoll(noise)
     if name_or_path == "heartbeat":
         return Heartbeat()
@@ -276,6 +276,8 @@ def _checked(name, train, test):
     for part in (train,) if test is None else (train, test):
         if part.ndim not in (2, 3, 4) or 0 in part.shape:
             raise InputError(f"{name}: an array of shape {part.shape}; it must be (N, D), (N, H, W) or (N, H, W, C)")
+        if part.ndim == 4 and part.shape[3] not in (1, 3):
+            raise InputError(f"{name}: an array of shape {part.shape}; pictures have 1 or 3 colours, not {part.shape[3]}")
         if part.dtype not in (np.uint8, bool) and part.dtype.kind != "f":
             raise InputError(f"{name}: values of type {part.dtype}; they must be uint8 (bytes, to be dequantised), floating point, or zeros and ones")
         if part.dtype.kind == "f" and not np.isfinite(part).all():
