@@ -204,6 +204,10 @@ def test_r_along_the_trajectory(how):
             function = dpm.Posterior(q, dpm.Function(lambda x: log_r(x)[:, 0], lambda x: -(x - y) / sigma ** 2), how)
             seen = states if how != "diffused" else q.expected(states, t)[0]
             np.testing.assert_allclose(function.log_r(states, t), log_r(seen[:, 0]) * ({"annealed": (T - t) / T}.get(how, 1)), rtol=1e-12)
+        function = dpm.Posterior(gaussian, dpm.Function(lambda x: log_r(x)[:, 0], lambda x: -(x - y) / sigma ** 2), how)
+        moved, _ = function.draw((np.array([[0.4]]), np.array([[0.3]])), t, np.zeros((1, 1)))  # eq. 61: by f_sigma times the slope of log r_t
+        slope = (function.log_r(np.array([[0.4 + 1e-5]]), t) - function.log_r(np.array([[0.4 - 1e-5]]), t)) / 2e-5
+        assert moved[0, 0] == pytest.approx(0.4 + 0.3 * slope[0])
     both = dpm.Observation([0.7, 1.0], [np.inf, 0])
     y_t, variance = gaussian.observed(both, 4, how)
     a = float(gaussian.alpha_bar[4])
@@ -690,6 +694,7 @@ def test_entropy_bounds_of_bits(p0, rate):
         joint = forward[t] * p_t
         p_t = joint.sum(1)
         exact = -(joint * np.log(joint / p_t[:, None] + 1e-300)).sum()
+        assert model.diffusion.H_step(t, states) @ p0 == pytest.approx(-(joint * np.log(forward[t])).sum())
         if t > 1:
             assert lower[t] - 1e-3 <= exact <= upper[t] + 1e-3
             assert (abs(exact - lower[t]) < 1e-9) == (p0.max() == 1) and (abs(exact - upper[t]) < 1e-9) == (p0.max() == 1 / 8)
