@@ -1549,28 +1549,46 @@ def test_the_stand_in_refuses_what_cupy_refuses():
 
 
 @pytest.mark.parametrize("xp", [StandIn(), "cupy"])
-@pytest.mark.parametrize("shape", [(1, 1, 3), (5, 4, 2)])
-def test_gpu_agrees_with_cpu(xp, shape, tmp_path):
-    """The same weights, data and noise on both: bound, samples and posterior samples agree; gradients agree in float64."""
+@pytest.mark.parametrize("shape, binary", [((1, 1, 3), False), ((5, 4, 2), False), ((1, 1, 4), True), ((4, 4, 1), True)])
+def test_gpu_agrees_with_cpu(xp, shape, binary, tmp_path):
+    """The same weights, data and noise on both: bound, entropies, estimates, samples and posterior samples, with one particle and with
+    several, agree; gradients agree in float64, also that of the input and of the schedule."""
     if xp == "cupy":
         xp = dpm.backend()
         if xp is np:
             pytest.skip("no GPU here")
-    cpu = small_model(shape, stir=0.1)
+    cpu = small_model(shape, stir=0.1, learned=not binary)
+    x0 = rng(27).standard_normal((9, cpu.kernel.D))
+    if binary:
+        q, x0 = dpm.Binomial(dpm.schedule("cosine", 12, 1e-3), rate=0.3), (x0 > 0) * 1.0
+        kernel = dpm.Kernel(q, shape, maps=0, upper=6, scales=(), patch=1 if shape[0] == 1 else 3, dtype="float64")
+        kernel.theta += 0.1 * rng(66).standard_normal(kernel.theta.shape)
+        cpu = dpm.DPM(q, kernel, threads=2)
     cpu.save(tmp_path / "c.npz")
     gpu = dpm.DPM.load(tmp_path / "c.npz", xp)
-    x0 = rng(27).standard_normal((9, cpu.kernel.D))
     ours, theirs = cpu.bound(x0, rng(28)), gpu.bound(x0, rng(28))
     np.testing.assert_allclose(theirs["kl"], ours["kl"], rtol=1e-8)
     np.testing.assert_allclose(theirs["K_each"], ours["K_each"], rtol=1e-8)
+    for a, b in zip(cpu.entropy_bounds(x0), gpu.entropy_bounds(x0)):
+        np.testing.assert_allclose(b, a, rtol=1e-8)
+    np.testing.assert_allclose(gpu.log_weights(x0, 3, rng(67)), cpu.log_weights(x0, 3, rng(67)), rtol=1e-6)
     r = [dpm.Observation(x0, np.where(np.arange(x0.shape[1]) % 2, 0.3, 0), a) for a in (np, xp)]
+    for how in ("constant", "annealed", "diffused"):
+        crowd = [model.sample(9, 1, [r_x, dpm.Function(lambda x: 0.1 * x.sum(1), lambda x: 0 * x + 0.1)], how, 3) for model, r_x in zip((cpu, gpu), r)]
+        np.testing.assert_allclose(dpm.to_host(crowd[1]), crowd[0], rtol=1e-6)
     np.testing.assert_allclose(dpm.to_host(gpu.sample(9)), cpu.sample(9), rtol=1e-6)
     np.testing.assert_allclose(dpm.to_host(gpu.sample(9, r=r[1])), cpu.sample(9, r=r[0]), rtol=1e-6)
     t = np.arange(9) % 11 + 2
-    dout = rng(29).standard_normal((9, cpu.kernel.D, 2))
+    dout, inputs = rng(29).standard_normal((9, cpu.kernel.D, cpu.diffusion.outputs)), []
     for model in (cpu, gpu):
         a = model.xp.asarray
-        model.kernel.gradient(a(x0), a(t), lambda s, out: a(dout)[s])
+        inputs.append(model.kernel.gradient(a(x0), a(t), lambda s, out: a(dout)[s], inputs=not binary))
+    if not binary:
+        for ours, theirs in zip(*inputs):
+            np.testing.assert_allclose(dpm.to_host(theirs), ours, rtol=1e-6, atol=1e-10)
+        dlogsnr = [model.diffusion.dlogsnr(model.xp.asarray(t), model.xp.asarray(x0[:, 0]), model.xp.asarray(x0[:, 1])) for model in (cpu, gpu)]
+        psi = [dpm.to_host(model.learned.backward(d)) for model, d in zip((cpu, gpu), dlogsnr)]
+        np.testing.assert_allclose(psi[1], psi[0], rtol=1e-8)
     np.testing.assert_allclose(dpm.to_host(gpu.kernel.grad), cpu.kernel.grad, rtol=1e-6, atol=1e-10)
 
 
