@@ -1213,7 +1213,7 @@ def test_parzen(place):
     def by_hand(x, sigma):
         square = ((x[:, None] / 255 - centres) ** 2).sum(2)
         density = np.exp(-square / (2 * sigma ** 2)).mean(1) / (2 * np.pi * sigma ** 2) ** 32
-        return np.log2(density)
+        return np.log2(np.maximum(density, 1e-300))
 
     widths = np.logspace(-1, 0, 10)
     sigma = widths[np.argmax([by_hand(digits.train[-40:], s).mean() for s in widths])]
