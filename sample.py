@@ -34,7 +34,7 @@ def arguments():
     p.add_argument("--checkpoint", metavar="FILE|DIR", help="a checkpoint or a run's directory (default: the newest run, else the shipped MNIST model)")
     p.add_argument("--number", type=int, help="how many samples (default: 64), or how many test images to inpaint or denoise (8)")
     p.add_argument("--seed", type=int, default=0, help="sample k depends on the seed and on k alone (default: %(default)s)")
-    p.add_argument("--out", metavar="NAME", help="writes NAME.png and NAME.npz (default: runs/samples, runs/inpaint or runs/denoise)")
+    p.add_argument("--out", metavar="NAME", help="writes NAME.png and NAME.npz (default: runs/samples, runs/inpaint or runs/denoise, overwritten)")
     p.add_argument("--gpu", action=argparse.BooleanOptionalAction, help="compute with CuPy on a GPU, or not (default: if there is one)")
     p.add_argument("--trajectory", action="store_true", help="also a strip of x_t from t = T to 0, NAME-trajectory.png")
     p.add_argument("--gif", action="store_true", help="also the way from noise to samples, NAME.gif")
@@ -207,7 +207,7 @@ def main():
         first = samples[::DRAWS] if r else samples
         close, distance = nearest(dataset, first)
         _, usual = nearest(dataset, dataset.held_out(len(first)))
-        print(f"nearest training image: {distance.mean():.3f} away (root mean square), from test images {usual.mean():.3f}")
+        print(f"nearest training image: {distance.mean():.3f} away, root mean square in units of the data's deviation; for test images it is {usual.mean():.3f}")
         arrays["nearest"] = model.raw(close)
         if mode == "inpaint":
             rows.append(close[:, None])

@@ -314,9 +314,10 @@ def print_page(r, image, binary):
 
 
 def compare(results):
-    """K of several runs: a line for each, and a figure of K against T, one curve for every schedule and form."""
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    curves = {}
+    """K of several runs: a line for each, and a figure of K against T, a panel for each data set, a curve for every schedule and form."""
+    names = sorted({r["dataset"] for r in results})
+    figure, axes = plt.subplots(1, len(names), figsize=(6 * len(names), 4), layout="constrained", squeeze=False)
+    panels, curves = dict(zip(names, axes[0])), {}
     for r in sorted(results, key=lambda r: r["timesteps"]):
         curves.setdefault((r["dataset"], r["schedule"], r["form"]), []).append(r)
     print(f"\n{'data':<16}{'schedule':<10}{'form':<12}{'T':>5}{'K':>12}{'+-':>8}{'K*':>10}{'K - L_null':>12}{'bits/dim':>10}{'seconds':>9}")
@@ -325,13 +326,14 @@ def compare(results):
             K_star, bits_per_dim = (f"{r[key]:.4f}" if key in r else "-" for key in ("K_star_bits", "bits_per_dim"))
             print(f"{name:<16}{schedule:<10}{form:<12}{r['timesteps']:>5}{r['K_bits']:>12.4f}{r['K_bits_se']:>8.4f}"
                   f"{K_star:>10}{r['K_minus_L_null_bits']:>12.4f}{bits_per_dim:>10}{r['seconds']:>9.0f}")
-        label = f"{name}, {schedule}" + (", the paper's kernel" if form == "paper" else "")
-        axis.errorbar([r["timesteps"] for r in rs], [r["K_bits"] for r in rs], [r["K_bits_se"] for r in rs], marker="o", capsize=3, label=label)
-    axis.set(xlabel="T", ylabel="K, bits", xscale="log")
-    T = sorted({r["timesteps"] for r in results})
-    axis.set_xticks(T, T)
-    axis.minorticks_off()
-    axis.legend()
+        label = schedule + (", the paper's kernel" if form == "paper" else "")
+        panels[name].errorbar([r["timesteps"] for r in rs], [r["K_bits"] for r in rs], [r["K_bits_se"] for r in rs], marker="o", capsize=3, label=label)
+    for name, axis in panels.items():
+        axis.set(xlabel="T", ylabel="K, bits", xscale="log", title=name)
+        T = sorted({r["timesteps"] for r in results if r["dataset"] == name})
+        axis.set_xticks(T, T)
+        axis.minorticks_off()
+        axis.legend()
     pathlib.Path("runs").mkdir(exist_ok=True)
     save_figure(figure, pathlib.Path("runs") / "comparison.png")
     print("runs/comparison.png")
