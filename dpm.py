@@ -245,9 +245,10 @@ class Gaussian:
         return shrink * xt + shift * out[..., 0], beta * self.xp.exp(s * out[..., 1])
 
     def _error(self, x0, xt, t, out):
-        """s_t (n, 1), w and v - v* (n, D)."""
+        """s_t and e^{-s_t} (n, 1), w, e^{-w s_t} and v - v* (n, D): all that the KL is made of."""
         signal, deviation = self.signal_and_noise(t)
-        return self._at("reverse", t)[1], out[..., 1], out[..., 0] - (signal * xt - x0) / deviation
+        s, w = self._at("reverse", t)[1], out[..., 1]
+        return s, self.xp.exp(-s), w, self.xp.exp(-s * w), out[..., 0] - (signal * xt - x0) / deviation
 
     def kl(self, x0, xt, t, out):
         """KL[ q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ], t >= 2, in nats (n,), and its derivative dout, shaped as out.
@@ -255,21 +256,17 @@ class Gaussian:
         per dimension, 1/2 [ log(f_sigma / beta~) - 1 + (beta~ + (f_mu - mu~)^2) / f_sigma ], where of the schedule only s is left:
         1/2 [ (1 + w) s - 1 + e^{-(1 + w) s} + (1 - e^{-s}) e^{-w s} (v - v*)^2 ]
         """
-        xp = self.xp
-        s, w, error = self._error(x0, xt, t, out)
-        e, less = xp.exp(-s * w), xp.exp(-s)
+        s, less, w, e, error = self._error(x0, xt, t, out)
         dv = (1 - less) * e * error
         excess = less * e + dv * error - 1                              # 0 where p has just the right variance
-        dout = xp.empty(out.shape, out.dtype)
+        dout = self.xp.empty(out.shape, out.dtype)
         dout[..., 0] = dv
         dout[..., 1] = -0.5 * s * excess
         return 0.5 * ((1 + w) * s + excess).sum(1), dout
 
     def ds(self, x0, xt, t, out):
         """The derivative of kl in s_t, v* held, (n,): 1/2 [ (1 + w) (1 - e^{-(1 + w) s}) + (e^{-s} - w (1 - e^{-s})) e^{-w s} (v - v*)^2 ]."""
-        xp = self.xp
-        s, w, error = self._error(x0, xt, t, out)
-        e, less = xp.exp(-s * w), xp.exp(-s)
+        s, less, w, e, error = self._error(x0, xt, t, out)
         return 0.5 * ((1 + w) * (1 - less * e) + (less - w * (1 - less)) * e * error ** 2).sum(1)
 
     def dlogsnr(self, t, dphi, ds):
@@ -901,8 +898,10 @@ class Kernel:
                 xp.cos(u[i], out=u[i + 1])
                 xp.sin(u[i], out=u[i])
                 i += 2
+            if self.edges:
+                scaled = value / deviation
             for edge in self.edges:
-                distance = value / deviation - edge * ratio
+                distance = scaled - edge * ratio
                 size = xp.abs(distance)
                 for s in (1, 4):
                     xp.divide(distance, size + s, out=u[i])
@@ -1168,6 +1167,11 @@ class DPM:
         self._deal(work, len(x))
         return out
 
+    def reverse(self, x, t):
+        """p(x_{t-1} | x_t = x) for x (n, D) and one t >= 1, its parameters: the kernel's, and at t = 1 the fixed first step (eq. 44)."""
+        t_x = self.xp.full(len(x), t)
+        return self.diffusion.reverse(x, t_x, self.forward(x, t_x)) if t > 1 else self.diffusion.kernel(x, t_x)
+
     def bound(self, x0, rng, steps=None, batch=512, progress=lambda blocks: blocks):
         """The lower bound K on the mean log likelihood of x0 (n, D), in nats, and its parts (eq. 14 with 44, appendix B):
 
@@ -1235,11 +1239,9 @@ class DPM:
             x = xp.asarray(x0[starts[i:i + batch]])
             total = xp.zeros(len(x))
             for t in range(1, self.T + 1):
-                t_x = xp.full(len(x), t)
-                forward = q.kernel(x, t_x)
+                forward = q.kernel(x, xp.full(len(x), t))
                 xt = q.step(*forward, xp.asarray(q.noise(x.shape, rng)))
-                p = q.kernel(xt, t_x) if t == 1 else q.reverse(xt, t_x, self.forward(xt, t_x))
-                total += q.log_density(x, *p) - q.log_density(xt, *forward)
+                total += q.log_density(x, *self.reverse(xt, t)) - q.log_density(xt, *forward)
                 x = xt
             log_w[i:i + batch] = to_host(total + q.log_pi(x))
         return log_w.reshape(len(x0), trajectories)
@@ -1331,8 +1333,7 @@ class DPM:
                 if t in kept:
                     past[t] = x
                 next(steps)
-                t_x = xp.full(len(x), t)
-                p = q.reverse(x, t_x, self.forward(x, t_x)) if t > 1 else q.kernel(x, t_x)
+                p = self.reverse(x, t)
                 before = part.log_r(x, t) if N > 1 else None
                 x, log_Z = draw(p, t - 1)
                 if N > 1:

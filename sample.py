@@ -184,7 +184,8 @@ def main():
         truth = to_complete(model, dataset, args, number)
         number = len(truth)
         given, unknown, r = posterior(model, dataset, args, truth)
-    samples = model.sample(number * (DRAWS if r else 1), args.seed, r, how, args.particles, keep=keep, progress=bar("reverse steps"))
+    draws = DRAWS if r else 1
+    samples = model.sample(number * draws, args.seed, r, how, args.particles, keep=keep, progress=bar("reverse steps"))
     samples, kept = samples if keep else (samples, {})
     samples, kept = dpm.to_host(samples), {t: dpm.to_host(x) for t, x in kept.items()} | {0: dpm.to_host(samples)}
     arrays, layout = dict(samples=model.raw(samples)), ""
@@ -204,7 +205,7 @@ def main():
                 rows.append(dpm.to_host(model.sample(number, args.seed + 1, progress=bar("free samples")))[:, None])
                 layout += ", and a sample that was given nothing"
     if image and dataset:
-        first = samples[::DRAWS] if r else samples
+        first = samples[::draws]
         close, distance = nearest(dataset, first)
         _, usual = nearest(dataset, dataset.held_out(len(first)))
         print(f"nearest training image: {distance.mean():.3f} away, root mean square in units of the data's deviation; for test images it is {usual.mean():.3f}")
@@ -227,8 +228,7 @@ def main():
         train.save_picture(train.points_picture(sets if r else dict(samples=samples)), written[0])
     if args.trajectory:
         written.append(out.with_name(out.name + "-trajectory.png"))
-        some = samples[:8] if not r else samples[::DRAWS][:8]
-        ways = {t: (kept[t] if not r else kept[t][::DRAWS])[:len(some)] if drawn_in_rows else kept[t] for t in strip}
+        ways = {t: kept[t][::draws][:8] if drawn_in_rows else kept[t] for t in strip}
         if drawn_in_rows:
             train.save_picture(picture_of(model, len(ways))(np.stack(list(ways.values()), 1).reshape(-1, samples.shape[1])), written[-1])
         else:
