@@ -40,7 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from scipy.special import entr, expit, logit, logsumexp, softmax
 
-FORMAT = 2  # of the checkpoint file
+FORMAT = 3  # of the checkpoint file
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -690,23 +690,40 @@ class MLP:
 
         h_1 = s(x W_1 + e V_1 + b_1)      h_l = h_{l-1} + s(h_{l-1} W_l + e V_l + b_l)      y = h_L W + b
 
-    with the softsign s(z) = z / (1 + |z|), a tanh at a fifth of its cost. x is (N, inputs), e is (n, time): an example has
-    N / n rows, the pixels of an image, which share its time. It reads its weights from kernel.W and puts their gradients
-    into kernel.dW, under "name.W1", ...; its large arrays are buffers of the kernel, allocated once.
+    with the softsign s(z) = z / (1 + |z|), a tanh at a fifth of its cost, or the smooth rectifier s(z) = (z + r - 1) / 2,
+    r = sqrt(z^2 + 1), which is about z for large z and -1/2 for large -z. x is (N, inputs), e is (n, time): an example has
+    N / n rows, the pixels of an image, which share its time. Where the rows are the cells of a grid (H, W), W_2 .. W_L are
+    convolutions: for h_{l-1} they are given the 3 x 3 cells around each cell, side by side, 0 beyond the border. It reads
+    its weights from kernel.W and puts their gradients into kernel.dW, under "name.W1" and so on; its large arrays are
+    buffers of the kernel, allocated once.
     """
 
-    def __init__(self, kernel, name, layers):
-        self.kernel, self.name, self.layers = kernel, name, layers
+    def __init__(self, kernel, name, layers, rectifies=False, grid=None):
+        self.kernel, self.name, self.layers, self.rectifies, self.grid = kernel, name, layers, rectifies, grid
 
     @staticmethod
-    def shapes(name, inputs, width, layers, outputs, time):
-        shapes = {}
+    def shapes(name, inputs, width, layers, outputs, time, grid=None):
+        shapes, around = {}, 9 if grid else 1
         for l in range(1, layers + 1):
-            shapes |= {f"{name}.W{l}": (inputs if l == 1 else width, width), f"{name}.V{l}": (time, width), f"{name}.b{l}": (width,)}
+            shapes |= {f"{name}.W{l}": (inputs if l == 1 else around * width, width), f"{name}.V{l}": (time, width), f"{name}.b{l}": (width,)}
         return shapes | {f"{name}.W": (width, outputs), f"{name}.b": (outputs,)}
 
     def _buffer(self, name, *shape):
         return self.kernel.buffer(f"{self.name}.{name}", shape)
+
+    def _around(self, h):
+        """(N, 9 width) from h (N, width) on a grid: the 3 x 3 cells around every cell. Elsewhere h itself."""
+        if not self.grid:
+            return h
+        (H, W), width = self.grid, h.shape[1]
+        n = len(h) // (H * W)
+        padded = self._buffer("padded", n, H + 2, W + 2, width)
+        padded[...] = 0
+        padded[:, 1:-1, 1:-1] = h.reshape(n, H, W, width)
+        around = self._buffer("around", n, H, W, 9, width)
+        for k in range(9):
+            around[:, :, :, k] = padded[:, k // 3:k // 3 + H, k % 3:k % 3 + W]
+        return around.reshape(len(h), -1)
 
     def forward(self, x, e):
         """y (N, outputs), valid until the next call; keeps what backward needs."""
@@ -715,12 +732,22 @@ class MLP:
         self.e, self.h, self.d = e, [x], []
         for l in range(1, self.layers + 1):
             W_l = W[f"{name}.W{l}"]
-            z = xp.matmul(self.h[-1], W_l, out=self._buffer(f"h{l}", N, W_l.shape[1]))
+            z = xp.matmul(self._around(self.h[-1]) if l > 1 else x, W_l, out=self._buffer(f"h{l}", N, W_l.shape[1]))
             rows = z.reshape(n, N // n, -1)
             rows += (e @ W[f"{name}.V{l}"] + W[f"{name}.b{l}"])[:, None]
-            d = xp.abs(z, out=self._buffer(f"d{l}", *z.shape))
-            d += 1
-            z /= d                                                      # z is now s(z), and soon h_l
+            d = self._buffer(f"d{l}", *z.shape)
+            if self.rectifies:
+                xp.multiply(z, z, out=d)
+                d += 1
+                xp.sqrt(d, out=d)
+                z += d
+                z *= 0.5
+                xp.divide(z, d, out=d)                                  # s'(z) = (z + r) / 2r
+                z -= 0.5
+            else:
+                xp.abs(z, out=d)
+                d += 1
+                z /= d                                                  # z is now s(z), and soon h_l
             if l > 1:
                 z += self.h[-1]
             self.h.append(z)
@@ -734,8 +761,11 @@ class MLP:
         there; returns de (n, time) and, if columns (a slice) is given, the gradient of those columns of x, transposed.
 
         y = h_L W + b                         dW = h_L' dy      db = sum dy      dh = dy W'
-        h_l = h_{l-1} + s(z_l)                dz_l = dh / d_l^2                  since s'(z) = 1 / (1 + |z|)^2 and d = 1 + |z|
+        h_l = h_{l-1} + s(z_l)                dz_l = dh / d_l^2                  since s'(z) = 1 / (1 + |z|)^2 and d = 1 + |z|,
+                                              dz_l = dh d_l                      for the rectifier, d = s'(z)
         z_l = h_{l-1} W_l + e V_l + b_l       dW_l = h_{l-1}' dz_l               dh += dz_l W_l'
+                                              on a grid h_{l-1} and dz_l stand for the cells around, here too, and W_l' for W_l
+                                              turned: what a cell hears from its k-th neighbour, that one gets back from its (8-k)-th
                                               dc = dz_l, summed over the rows of an example: dV_l = e' dc, db_l = sum dc, de += dc V_l'
         """
         kernel, xp, W, name = self.kernel, self.kernel.xp, self.kernel.W, self.name
@@ -754,15 +784,19 @@ class MLP:
         de = xp.zeros_like(self.e)
         for l in range(self.layers, 0, -1):
             dz = self.d[l - 1]
-            dz *= dz
-            xp.divide(dh, dz, out=dz)
+            if self.rectifies:
+                dz *= dh
+            else:
+                dz *= dz
+                xp.divide(dh, dz, out=dz)
             dc = kernel.ones(N // n) @ dz.reshape(n, N // n, width)     # the sum over rows as a product: three times as fast
-            put(f"W{l}", self.h[l - 1].T, dz)
+            put(f"W{l}", (self._around(self.h[l - 1]) if l > 1 else self.h[0]).T, dz)
             put(f"V{l}", self.e.T, dc)
             put(f"b{l}", kernel.ones(n), dc)
             de += dc @ W[f"{name}.V{l}"].T
             if l > 1:
-                dh += xp.matmul(dz, W[f"{name}.W{l}"].T, out=self._buffer("scratch", N, width))
+                turned = W[f"{name}.W{l}"].reshape(-1, width, width)[::-1].transpose(0, 2, 1).reshape(-1, width)
+                dh += xp.matmul(self._around(dz), turned, out=self._buffer("scratch", N, width))
         if columns is None:
             return de, None
         W_1 = W[f"{name}.W1"][columns]
@@ -774,13 +808,13 @@ class Kernel:
 
         e = tanh(phases of t Q + q)                                        the time
         maps = lower(x, e)                                                 `maps` numbers per pixel, from the whole image
-        sights = middle(patches of x at half its size, e)                  `sights` numbers per 2 x 2 pixels, from 14 x 14 around them
+        sights = middle(cells of 4 x 4 pixels of x, e)                     `sights` numbers per pixel, by convolutions over the cells
         out = upper([features, maps, sights], e)                           the same small MLP at every pixel, 2 outputs per channel
 
     This is the paper's lower and upper network (appendix D.2, figure D.1), the lower one with its dense and its coarse
-    convolutional path. The dense one knows what the image is about, the middle one where strokes go on, the upper one treats
-    its pixel finely. Vectors need no lower network: maps = sights = 0. The features of a value x are x and
-    its neighbours in a square of `patch` pixels, sin and cos of 2^k pi x for k in `scales`, and for every c in `edges`, values
+    convolutional path. The dense one sees the whole image at once, the middle one how strokes go on, the upper one treats its
+    pixel finely. Vectors need no lower network: maps = sights = 0. The features of a value x are x and its
+    neighbours in a square of `patch` pixels, sin and cos of 2^k pi x for k in `scales`, and for every c in `edges`, values
     where the density of the data jumps, the softsign of (x - sqrt(alpha_bar_t) c) / s for s = 1 and 4 standard deviations of
     the noise: at each noise level the distance that matters. The readout starts at zero: the equilibrium kernel, K = L_null.
 
@@ -791,19 +825,20 @@ class Kernel:
     Its one array theta holds all weights, W names views of it; grad and dW are the same for their gradient.
     """
 
-    view = 7  # the side of the middle network's patches, in pixels of half the size
+    cell = 4  # the side of the middle network's cells, in pixels
 
-    def __init__(self, diffusion, shape, width=256, layers=4, maps=8, sights=0, upper=64, upper_layers=2, time=64,
-                 scales=(1, 3, 5), edges=(), patch=1, bumps=0, paper=False, learned=False, dtype="float32", seed=0, theta=None):
-        self.config = dict(shape=list(shape), width=width, layers=layers, maps=maps, sights=sights, upper=upper,
-                           upper_layers=upper_layers, time=time, scales=list(scales), edges=list(edges), patch=patch,
-                           bumps=bumps, paper=paper, learned=learned, dtype=dtype, seed=seed)
+    def __init__(self, diffusion, shape, width=256, layers=4, maps=8, middle=96, middle_layers=6, sights=0, upper=64,
+                 upper_layers=2, time=64, scales=(1, 3, 5), edges=(), patch=1, bumps=0, paper=False, learned=False,
+                 dtype="float32", seed=0, theta=None):
+        self.config = dict(shape=list(shape), width=width, layers=layers, maps=maps, middle=middle, middle_layers=middle_layers,
+                           sights=sights, upper=upper, upper_layers=upper_layers, time=time, scales=list(scales), edges=list(edges),
+                           patch=patch, bumps=bumps, paper=paper, learned=learned, dtype=dtype, seed=seed)
         if (paper or learned) and not isinstance(diffusion, Gaussian) or paper and learned:
             raise InputError("the paper's form and a learned schedule are for Gaussian diffusions, and one at a time")
         self.diffusion, self.xp, self.dtype = diffusion, diffusion.xp, np.dtype(dtype)
         self.shape, self.pixels, self.channels, self.maps = tuple(shape), shape[0] * shape[1], shape[2], maps
         self.D, self.scales, self.edges, self.patch = self.pixels * self.channels, scales, edges, patch
-        self.sights, self.paper = sights, paper
+        self.sights, self.paper, self.grid = sights, paper, (-(-shape[0] // self.cell), -(-shape[1] // self.cell))
         self.features_per_pixel = self.channels * (patch ** 2 + 2 * len(scales) + 2 * len(edges)) + maps + sights
         self.shapes = {"time.Q": (64, time), "time.q": (time,)}
         if learned:
@@ -811,7 +846,7 @@ class Kernel:
         if maps:
             self.shapes |= MLP.shapes("lower", self.D, width, layers, self.pixels * maps, time)
         if sights:
-            self.shapes |= MLP.shapes("middle", self.channels * self.view ** 2, upper, upper_layers, sights, time)
+            self.shapes |= MLP.shapes("middle", self.channels * self.cell ** 2, middle, middle_layers, sights * self.cell ** 2, time, self.grid)
         self.shapes |= MLP.shapes("upper", self.features_per_pixel, upper, upper_layers, diffusion.outputs * self.channels * max(1, bumps), time)
         # A slice of images goes through the upper network while its activations are in cache; a GPU takes the whole batch
         self.slice = max(1, 6400 // self.pixels) if self.xp is np else 1 << 30
@@ -832,7 +867,8 @@ class Kernel:
             theta = self.xp.asarray(theta)
         self.theta, self.grad = theta, self.xp.zeros(size, self.dtype)
         self.W, self.dW = self._views(self.theta), self._views(self.grad)
-        self.lower, self.middle, self.upper = MLP(self, "lower", layers), MLP(self, "middle", upper_layers), MLP(self, "upper", upper_layers)
+        self.lower, self.upper = MLP(self, "lower", layers, rectifies=True), MLP(self, "upper", upper_layers)
+        self.middle = MLP(self, "middle", middle_layers, rectifies=True, grid=self.grid)
 
     def replica(self):
         """A kernel with the same weights (the same memory), and gradients and buffers of its own: one for each thread."""
@@ -860,7 +896,7 @@ class Kernel:
         total = 0
         for name, w in self.W.items():
             if w.size and w.ndim == 2:
-                rows = n * {"upper.W": self.pixels, "middle.W": self.pixels // 4}.get(name[:name.find(".") + 2], 1)
+                rows = n * {"upper.W": self.pixels, "middle.W": math.prod(self.grid)}.get(name[:name.find(".") + 2], 1)
                 passed_on = {"time.Q": 0, "lower.W1": 0, "middle.W1": 0, "upper.W1": (self.maps + self.sights) / len(w)}.get(name, 1)
                 total += rows * w.size * (4 + 2 * passed_on)
         return total
@@ -870,16 +906,28 @@ class Kernel:
         phases = self._phases[t]
         return phases, self.xp.tanh(phases @ self.W["time.Q"] + self.W["time.q"])
 
-    def _patches(self, name, x, size, u):
-        """Fills u (C size^2, n, H W) with the squares of size x size around every pixel of x (n, H, W, C), 0 beyond the border."""
+    def _patches(self, x, u):
+        """Fills u (C patch^2, n, H W) with the squares of `patch` x `patch` around every pixel of x (n, H, W, C), 0 beyond the border."""
         n, H, W, C = x.shape
-        margin = size // 2
-        padded = self.buffer(name, (n, H + 2 * margin, W + 2 * margin, C))
+        margin = self.patch // 2
+        padded = self.buffer("padded", (n, H + 2 * margin, W + 2 * margin, C))
         padded[...] = 0
         padded[:, margin:margin + H, margin:margin + W] = x
-        for i in range(C * size ** 2):
-            c, dy, dx = i // size ** 2, i // size % size, i % size
+        for i in range(C * self.patch ** 2):
+            c, dy, dx = i // self.patch ** 2, i // self.patch % self.patch, i % self.patch
             u[i].reshape(n, H, W)[...] = padded[:, dy:dy + H, dx:dx + W, c]
+
+    def _cells(self, image):
+        """An image (n, H, W, k) cell by cell, (n cells, cell^2 k), 0 beyond the border; _image is its inverse, and each is the other's backward."""
+        (n, H, W, k), (rows, columns), side = image.shape, self.grid, self.cell
+        padded = self.xp.zeros((n, rows * side, columns * side, k), self.dtype)
+        padded[:, :H, :W] = image
+        return padded.reshape(n, rows, side, columns, side, k).transpose(0, 1, 3, 2, 4, 5).reshape(-1, side ** 2 * k)
+
+    def _image(self, cells):
+        (H, W, _), (rows, columns), side = self.shape, self.grid, self.cell
+        image = cells.reshape(-1, rows, columns, side, side, cells.shape[1] // side ** 2).transpose(0, 1, 3, 2, 4, 5)
+        return image.reshape(len(image), rows * side, columns * side, -1)[:, :H, :W]
 
     def _features(self, x, t, e, maps):
         """The upper network's input for a slice, (n pixels, features); feature after feature in memory, each written as one run."""
@@ -889,7 +937,7 @@ class Kernel:
             signal, deviation = self.diffusion.signal_and_noise(t)
             deviation, ratio = deviation.astype(self.dtype), (signal / deviation).astype(self.dtype)
         image = x.reshape(n, H, W, C)
-        self._patches("padded", image, self.patch, u)
+        self._patches(image, u)
         i = C * self.patch ** 2
         for c in range(C):
             value = x[:, c::C]
@@ -909,22 +957,18 @@ class Kernel:
         if self.maps:
             u[i:i + self.maps] = maps.reshape(n, self.maps, self.pixels).transpose(1, 0, 2)
         if self.sights:
-            half = image.reshape(n, H // 2, 2, W // 2, 2, C).sum((2, 4)) / 2
-            v = self.buffer("v", (C * self.view ** 2, n, self.pixels // 4))
-            self._patches("padded half", half, self.view, v)
-            y = self.middle.forward(v.reshape(len(v), -1).T, e).T.reshape(self.sights, n, H // 2, 1, W // 2, 1)
-            u[i + self.maps:].reshape(self.sights, n, H // 2, 2, W // 2, 2)[...] = y
+            sights = self._image(self.middle.forward(self._cells(image), e))
+            u[i + self.maps:].reshape(self.sights, n, H, W)[...] = sights.transpose(3, 0, 1, 2)
         return u.reshape(self.features_per_pixel, -1).T
 
-    def _dpatches(self, du, size):
-        """dx (n, H, W, C) from du as _patches fills u: what went out from a pixel comes back to it."""
-        n, (H, W) = du.shape[1], (self.shape[:2] if du.shape[2] == self.pixels else (self.shape[0] // 2, self.shape[1] // 2))
-        margin = size // 2
-        padded = self.xp.zeros((n, H + 2 * margin, W + 2 * margin, self.channels), self.dtype)
-        for i in range(self.channels * size ** 2):
-            c, dy, dx = i // size ** 2, i // size % size, i % size
+    def _dpatches(self, du):
+        """dx (n, D) from du as _patches fills u: what went out from a pixel comes back to it."""
+        n, (H, W, C), margin = du.shape[1], self.shape, self.patch // 2
+        padded = self.xp.zeros((n, H + 2 * margin, W + 2 * margin, C), self.dtype)
+        for i in range(C * self.patch ** 2):
+            c, dy, dx = i // self.patch ** 2, i // self.patch % self.patch, i % self.patch
             padded[:, dy:dy + H, dx:dx + W, c] += du[i].reshape(n, H, W)
-        return padded[:, margin:margin + H, margin:margin + W]
+        return padded[:, margin:margin + H, margin:margin + W].reshape(n, self.D)
 
     def _dfeatures(self, x, t, du):
         """dx (n, D) and dphi (n,), of the angle phi_t, from du (features, n, pixels), all that does not go through maps and sights.
@@ -937,7 +981,7 @@ class Kernel:
         u = self.buffer("u", du.shape)
         if self.edges:
             signal, deviation = (a.astype(self.dtype) for a in self.diffusion.signal_and_noise(t))
-        dx, dphi, i = self._dpatches(du, self.patch).reshape(n, self.D).copy(), xp.zeros(n, self.dtype), C * self.patch ** 2
+        dx, dphi, i = self._dpatches(du), xp.zeros(n, self.dtype), C * self.patch ** 2
         for c in range(C):
             for k in self.scales:
                 dx[:, c::C] += 2.0 ** k * math.pi * (u[i + 1] * du[i] - u[i] * du[i + 1])
@@ -985,7 +1029,7 @@ class Kernel:
         phases, e = self._time(t)
         de = xp.empty_like(e)
         maps = self.lower.forward(x, e) if self.maps else x
-        H, W, C = self.shape
+        H, W, _ = self.shape
         own = self.features_per_pixel - self.maps - self.sights
         columns = slice(0 if inputs else own, None) if inputs or self.maps or self.sights else None
         if inputs:
@@ -1001,13 +1045,12 @@ class Kernel:
             if self.maps:  # what was maps is now dmaps
                 dmaps = du[:self.maps].reshape(self.maps, -1, self.pixels)
                 maps[s] = dmaps.transpose(1, 0, 2).reshape(-1, self.maps * self.pixels)
-            if self.sights:  # each was shown to 2 x 2 pixels
-                dsights = du[self.maps:].reshape(self.sights, -1, H // 2, 2, W // 2, 2).sum((3, 5))
-                de_s, dv = self.middle.backward(dsights.reshape(self.sights, -1).T, add=i > 0, columns=slice(None) if inputs else None)
+            if self.sights:
+                dsights = self._cells(du[self.maps:].reshape(self.sights, -1, H, W).transpose(1, 2, 3, 0))
+                de_s, dcells = self.middle.backward(dsights, add=i > 0, columns=slice(None) if inputs else None)
                 de[s] += de_s
-                if inputs:  # half = sums of 2 x 2 pixels / 2
-                    dhalf = self._dpatches(dv.reshape(len(dv), len(dout), -1), self.view)[:, :, None, :, None] / 2
-                    dx[s] += xp.broadcast_to(dhalf, (len(dout), H // 2, 2, W // 2, 2, C)).reshape(-1, self.D)
+                if inputs:
+                    dx[s] += self._image(dcells.T).reshape(-1, self.D)
         if self.maps:
             de_lower, dimage = self.lower.backward(maps, add=False, columns=slice(None) if inputs else None)
             de += de_lower

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.signal import correlate2d
 
 import data
 import train
@@ -35,7 +36,7 @@ def rng(*seed):
 def small_model(shape=(1, 1, 3), T=12, stir=0.3, threads=2, dtype="float64", **options):
     """A model with random weights everywhere, the readout included, unless stir is 0."""
     options = {"maps": 0, "upper": 16, "scales": (0, 2)} | options if shape[:2] == (1, 1) else \
-        {"maps": 2, "width": 8, "layers": 2, "upper": 6, "edges": (-1.0, 0.3), "patch": 3, "scales": (1,)} | options
+        {"maps": 2, "width": 8, "layers": 2, "middle": 5, "middle_layers": 3, "upper": 6, "edges": (-1.0, 0.3), "patch": 3, "scales": (1,)} | options
     q = dpm.Gaussian(dpm.schedule("logsnr", T, 1e-3))
     kernel = dpm.Kernel(q, shape, dtype=dtype, **options)
     kernel.theta += stir * rng(7).standard_normal(kernel.theta.shape)
@@ -259,27 +260,54 @@ def quotient(f, a, direction, h=1e-6):
     return (values[0] - values[1]) / (2 * h)
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-def test_mlp_backward(rows):
+NETWORKS = [("upper", 1), ("upper", 5), ("lower", 1), ("middle", 6)]  # the middle one's six rows are 3 x 2 cells
+
+
+def network(name, rows):
+    """One of the three networks of a kernel for 10 x 6 pixels of two colours, four examples for it, and its number of outputs."""
+    kernel, r = small_model((10, 6, 2), maps=3, sights=2).kernel, rng(11)
+    inputs, outputs = len(kernel.W[f"{name}.W1"]), kernel.W[f"{name}.W"].shape[1]
+    return kernel, getattr(kernel, name), r.standard_normal((4 * rows, inputs)), r.standard_normal((4, 64)), outputs
+
+
+@pytest.mark.parametrize("name, rows", NETWORKS)
+def test_mlp_is_what_the_docstring_says(name, rows):
+    """Layer by layer; the convolution by SciPy's correlation, one image and one pair of channels at a time."""
+    kernel, mlp, x, e, _ = network(name, rows)
+    W, h = {key.split(".")[1]: w for key, w in kernel.W.items() if key.startswith(name)}, x
+    for l in range(1, mlp.layers + 1):
+        if name == "middle" and l > 1:
+            cells, filters = h.reshape(4, 3, 2, -1), W[f"W{l}"].reshape(3, 3, 5, 5)
+            z = np.stack([[sum(correlate2d(image[..., i], filters[..., i, j], mode="same") for i in range(5)) for j in range(5)]
+                          for image in cells]).transpose(0, 2, 3, 1).reshape(24, 5)
+        else:
+            z = h @ W[f"W{l}"]
+        z = z + np.repeat(e @ W[f"V{l}"] + W[f"b{l}"], rows, axis=0)
+        s = z / (1 + abs(z)) if name == "upper" else (z + np.sqrt(z ** 2 + 1) - 1) / 2
+        h = s if l == 1 else h + s
+    np.testing.assert_allclose(mlp.forward(x, e), h @ W["W"] + W["b"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("name, rows", NETWORKS)
+def test_mlp_backward(name, rows):
     """Every weight, the time and the input of an MLP, along random directions, from a random cotangent."""
-    kernel = small_model((5, 1, 2), maps=3).kernel
-    mlp, r = kernel.upper, rng(11)
-    x, e = r.standard_normal((4 * rows, kernel.features_per_pixel)), r.standard_normal((4, 64))
-    dy = r.standard_normal((4 * rows, 4))
+    kernel, mlp, x, e, outputs = network(name, rows)
+    r = rng(12)
+    dy = r.standard_normal((4 * rows, outputs))
     loss = lambda: float((mlp.forward(x, e) * dy).sum())
     for add in (False, True):  # added to itself, every gradient doubles
         loss()
         de, dx = mlp.backward(dy, add=add, columns=slice(None))
-    for name in [n for n in kernel.W if n.startswith("upper")]:
-        d = r.standard_normal(kernel.W[name].shape)
-        assert (kernel.dW[name] * d).sum() == pytest.approx(2 * quotient(loss, kernel.W[name], d), rel=1e-6), name
+    for weight in [n for n in kernel.W if n.startswith(name)]:
+        d = r.standard_normal(kernel.W[weight].shape)
+        assert (kernel.dW[weight] * d).sum() == pytest.approx(2 * quotient(loss, kernel.W[weight], d), rel=1e-6), weight
     for a, da in [(x, dx.T), (e, de)]:
         d = r.standard_normal(a.shape)
         assert (da * d).sum() == pytest.approx(quotient(loss, a, d), rel=1e-6)
 
 
-@pytest.mark.parametrize("shape, options", [((1, 1, 3), dict(upper_layers=3)), ((4, 5, 2), {}), ((6, 4, 2), dict(maps=3, sights=2, patch=1)), ((4, 4, 1), dict(maps=0, sights=3)),
-                                            ((4, 4, 1), dict(paper=True, bumps=3, time=0)), ((1, 1, 3), dict(paper=True))])
+@pytest.mark.parametrize("shape, options", [((1, 1, 3), dict(upper_layers=3)), ((4, 5, 2), {}), ((5, 7, 2), dict(maps=3, sights=2, patch=1)), ((4, 4, 1), dict(maps=0, sights=3)),
+                                            ((4, 4, 1), dict(sights=2, paper=True, bumps=3, time=0)), ((1, 1, 3), dict(paper=True))])
 def test_gradient_of_K_in_every_weight(shape, options):
     model = small_model(shape, stir=0.2, **options)
     model.kernel.slice = model.kernels[1].slice = 3  # several slices, the last one short
@@ -322,18 +350,28 @@ def test_kernel_sees_time_place_and_neighbours():
     assert (model.forward(x, 6) != model.forward(x, 5)).all()
 
 
-def test_middle_network_sees_14_by_14_pixels_where_they_are():
-    """A value moves the 7 x 7 squares of 2 x 2 pixels around its own; what is moved in the image is moved in the output."""
+def test_cells_are_squares_of_4_by_4_pixels():
+    """Of an image whose sides are no multiples of 4, too: what is beyond the border is 0, and the way back is exact."""
+    kernel, image = small_model((5, 7, 2), sights=2).kernel, rng(8).standard_normal((3, 5, 7, 2))
+    cells = kernel._cells(image)
+    beyond = np.pad(image, ((0, 0), (0, 3), (0, 1), (0, 0)))
+    assert (cells == np.concatenate([beyond[n, y:y + 4, x:x + 4].reshape(1, 32) for n in range(3) for y in (0, 4) for x in (0, 4)])).all()
+    assert (kernel._image(cells) == image).all()
+
+
+def test_middle_network_sees_the_cells_around():
+    """With three layers, two of them convolutions, a value moves the 5 x 5 cells around its own; what is moved in the image by a
+    cell is moved in the output."""
     model = small_model((40, 40, 1), maps=0, sights=3)
     x = np.zeros((1, 40, 40))
     out = model.forward(x.reshape(1, -1), 5)
     x[0, 20, 13] = 1
     changed = (model.forward(x.reshape(1, -1), 5) != out).any(2).reshape(40, 40)
-    assert changed[14:28, 6:20].all() and changed.sum() == 14 * 14
+    assert changed[12:32, 4:24].all() and changed.sum() == 20 * 20
     x[0, 16:24, 16:24] = rng(8).standard_normal((8, 8))
     out = model.forward(x.reshape(1, -1), 5).reshape(40, 40, 2)
-    moved = model.forward(np.roll(x, (2, -4), (1, 2)).reshape(1, -1), 5).reshape(40, 40, 2)
-    np.testing.assert_allclose(moved, np.roll(out, (2, -4), (0, 1)), rtol=1e-9)
+    moved = model.forward(np.roll(x, (4, -4), (1, 2)).reshape(1, -1), 5).reshape(40, 40, 2)
+    np.testing.assert_allclose(moved[12:32, 8:28], np.roll(out, (4, -4), (0, 1))[12:32, 8:28], rtol=1e-9)  # two cells from the border
 
 
 def test_adam_on_a_constant_gradient():
@@ -1557,11 +1595,12 @@ def test_gpu_agrees_with_cpu(xp, shape, binary, tmp_path):
         xp = dpm.backend()
         if xp is np:
             pytest.skip("no GPU here")
-    cpu = small_model(shape, stir=0.1, learned=not binary)
+    lower = {} if shape[0] == 1 else dict(sights=2)
+    cpu = small_model(shape, stir=0.1, learned=not binary, **lower)
     x0 = rng(27).standard_normal((9, cpu.kernel.D))
     if binary:
         q, x0 = dpm.Binomial(dpm.schedule("cosine", 12, 1e-3), rate=0.3), (x0 > 0) * 1.0
-        kernel = dpm.Kernel(q, shape, maps=0, upper=6, scales=(), patch=1 if shape[0] == 1 else 3, dtype="float64")
+        kernel = dpm.Kernel(q, shape, maps=0, middle=5, upper=6, scales=(), patch=1 if shape[0] == 1 else 3, dtype="float64", **lower)
         kernel.theta += 0.1 * rng(66).standard_normal(kernel.theta.shape)
         cpu = dpm.DPM(q, kernel, threads=2)
     cpu.save(tmp_path / "c.npz")

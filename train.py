@@ -3,7 +3,7 @@
     python train.py                                  # swiss roll, about a minute
     python train.py --schedule learned               # the same, and beta_t is learned with it
     python train.py --dataset heartbeat              # bits: the binomial diffusion
-    python train.py --dataset mnist                  # 20 minutes on two cores
+    python train.py --dataset mnist                  # 23 minutes on two cores
     python train.py --dataset mnist --gpu
     python train.py --dataset my_images.npy
     python train.py --resume runs/mnist              # go on where it was stopped, bit for bit
@@ -42,11 +42,11 @@ COLUMNS = ["step", "seconds", "K_minus_L_null_bits", *QUARTERS]
 
 # What is right for vectors (H W = 1), for images, and for bits, where no flag says otherwise
 DEFAULTS = {"vector": dict(steps=9500, batch_size=1024, lr=4e-3, timesteps=40, schedule="logsnr"),
-            "image": dict(steps=11000, batch_size=128, lr=6e-3, timesteps=1000, schedule="logsnr")}
+            "image": dict(steps=6000, batch_size=128, lr=5e-3, timesteps=1000, schedule="logsnr")}
 BITS = {"vector": dict(steps=12000, batch_size=512, lr=4e-3, timesteps=2000, schedule="cosine"),
         "image": dict(steps=6000, batch_size=128, lr=4e-3, timesteps=1000, schedule="cosine")}
 KERNELS = {"vector": dict(maps=0, upper=128, upper_layers=3, scales=(0, 1, 2, 3, 4, 5)),
-           "image": dict(width=256, layers=4, maps=4, sights=8, upper=64, upper_layers=2, scales=(1, 3, 5), patch=3)}
+           "image": dict(width=256, layers=4, maps=4, middle=96, middle_layers=6, sights=8, upper=64, upper_layers=2, scales=(1, 3, 5), patch=3)}
 
 
 def arguments():
@@ -90,8 +90,6 @@ def settings(args, dataset):
     if chosen["rate"] is not None and not dataset.binary:
         raise dpm.InputError(f"--rate is for binary data; {dataset.name} is not")
     options = dict(KERNELS[kind], learned=chosen["schedule"] == "learned")
-    if kind == "image" and (dataset.shape[0] % 2 or dataset.shape[1] % 2):
-        options |= dict(sights=0)  # the middle network wants an image that can be halved
     if dataset.binary:
         options |= dict(scales=())
     if chosen["form"] == "paper":
