@@ -764,9 +764,10 @@ class MLP:
         h_l = h_{l-1} + s(z_l)                dz_l = dh / d_l^2                  since s'(z) = 1 / (1 + |z|)^2 and d = 1 + |z|,
                                               dz_l = dh d_l                      for the rectifier, d = s'(z)
         z_l = h_{l-1} W_l + e V_l + b_l       dW_l = h_{l-1}' dz_l               dh += dz_l W_l'
-                                              on a grid h_{l-1} and dz_l stand for the cells around, here too, and W_l' for W_l
-                                              turned: what a cell hears from its k-th neighbour, that one gets back from its (8-k)-th
                                               dc = dz_l, summed over the rows of an example: dV_l = e' dc, db_l = sum dc, de += dc V_l'
+
+        On a grid dW_l has the cells around h_{l-1}, and dh gets the cells around dz_l times W_l turned: what a cell hears from
+        its k-th neighbour, that neighbour gets back from its own (8-k)-th.
         """
         kernel, xp, W, name = self.kernel, self.kernel.xp, self.kernel.W, self.name
         n, N, width = len(self.e), len(dy), self.h[-1].shape[1]
