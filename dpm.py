@@ -795,7 +795,7 @@ class MLP:
             put(f"V{l}", self.e.T, dc)
             put(f"b{l}", kernel.ones(n), dc)
             de += dc @ W[f"{name}.V{l}"].T
-            if l > 1:
+            if l > 1:  # turned is a view, W_l', where there is no grid
                 turned = W[f"{name}.W{l}"].reshape(-1, width, width)[::-1].transpose(0, 2, 1).reshape(-1, width)
                 dh += xp.matmul(self._around(dz), turned, out=self._buffer("scratch", N, width))
         if columns is None:
