@@ -1154,10 +1154,11 @@ class Adam:
 # Room 3. The model: the bound, its gradient, samples
 # ---------------------------------------------------------------------------------------------------------------------------
 
-def stratified(number, T, u):
-    """`number` times spread evenly over 2..T by one offset u in [0, 1): every t is drawn equally often, to within one."""
-    t = 2 + ((np.arange(number) + u) / number * (T - 1)).astype(np.int64)
-    return np.minimum(t, T)  # (i + u) / n (T - 1) can round up to T - 1, which would be step T + 1
+def stratified(number, w, u):
+    """`number` times t in 2..T, spread by one offset u in [0, 1): each is drawn in proportion to its w (T - 1,), to within one."""
+    ends = np.cumsum(w)
+    t = 2 + np.searchsorted(ends, (np.arange(number) + u) / number * ends[-1], side="right")
+    return np.minimum(t, len(w) + 1)  # (i + u) / n can round up to 1, which would be step T + 1
 
 
 def pick(w, points):
@@ -1228,7 +1229,7 @@ class DPM:
         """
         xp, q, n, T = self.xp, self.diffusion, len(x0), self.T
         steps = min(steps or T - 1, T - 1)
-        t = stratified(n * steps, T, rng.random()).reshape(steps, n)   # steps = T - 1: row j is t = 2 + j for every example,
+        t = stratified(n * steps, np.ones(T - 1), rng.random()).reshape(steps, n)   # steps = T - 1: row j is t = 2 + j for every example,
         t = rng.permuted(t, axis=1)                                    # else no example may be tied to one part of each row
         kl, H_p, each, count = np.zeros(T + 1), np.zeros(T + 1), np.zeros(n), np.bincount(t.ravel(), minlength=T + 1)
         for i in progress(range(0, n, batch)):
@@ -1295,10 +1296,17 @@ class DPM:
         one trajectory, and rises to it with their number."""
         return logsumexp(self.log_weights(x0, trajectories, rng), axis=1) - math.log(trajectories)
 
-    def gradient(self, x0, *key):
-        """The gradient of -K / D in all weights, estimated from x0 (n, D) with one t for each example, stratified over 2..T.
+    def focused(self, focus):
+        """w (T - 1,) for gradient(): w_t = 1 + focus exp(-(logsnr_t - 1)^2 / 8), logsnr_t = logit(1 - alpha_bar_t), t = 2..T:
+        most of it where noise is about as strong as the signal, and it is decided what the data will be (as in Karras et al. 2022)."""
+        logsnr = logit(1 - to_host(self.diffusion.alpha_bar)[2:])
+        return 1 + focus * np.exp(-(logsnr - 1) ** 2 / 8)
 
-        Leaves it in kernel.grad of self.kernels, to be added up (Adam.update does), and returns t (n,) and (T - 1) KL_t (n,) in
+    def gradient(self, x0, *key, w=None):
+        """The gradient of -K / D in all weights, estimated from x0 (n, D) with one t for each example, stratified over 2..T,
+        in proportion to w_t (T - 1,) if given: then it is that of w_t / mean(w) KL_t / D, summed over t = 2..T.
+
+        Leaves it in kernel.grad of self.kernels, to be added up (Adam.update does), and returns t (n,) and KL_t / share_t (n,) in
         nats, whose mean estimates the sum of the KLs. `key`: the integers that seed its draws, such as seed and step.
 
         A learned schedule ascends K with frozen noise: with eps held, K depends on it through x_t (and so needs the network's
@@ -1309,7 +1317,9 @@ class DPM:
         xp, q, (n, D) = self.xp, self.diffusion, x0.shape
         if self.learned:
             q.set(self.learned.forward(self.kernel.W["schedule.psi"]))
-        t = xp.asarray(stratified(n, self.T, generator(np, "times", *key).random()))
+        w = np.ones(self.T - 1) if w is None else w
+        t = stratified(n, w, generator(np, "times", *key).random())
+        share, t = xp.asarray(w[t - 2] / w.sum()), xp.asarray(t)
         parts, weight = xp.empty(n), (self.T - 1) / (n * D)
 
         def work(kernel, rows, thread):
@@ -1339,7 +1349,7 @@ class DPM:
         self._deal(work, n)
         for idle in self.kernels[n:]:
             idle.grad[...] = 0
-        return t, (self.T - 1) * parts
+        return t, parts / share
 
     def sample(self, number, seed=0, r=None, how="constant", particles=1, batch=64, keep=(), progress=lambda steps: steps):
         """Samples (number, D) from p(x_0), or from p(x_0) r(x_0) for an r as Posterior takes it, an Observation's y (number, D) or (D,).

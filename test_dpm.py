@@ -321,6 +321,33 @@ def test_gradient_of_K_in_every_weight(shape, options):
         assert (dW * d).sum() == pytest.approx(quotient(loss, model.kernel.W[name], d), rel=1e-6), name
 
 
+def test_gradient_with_weights_is_that_of_weighted_KLs():
+    model = small_model(T=12, stir=0.2)
+    w, x0 = np.linspace(1, 4, 11), rng(5).standard_normal((23, 3))
+
+    def loss():
+        t, kl = model.gradient(x0, 3, 4, w=w)  # kl is KL_t / share_t, and share_t (T - 1) = w_t / mean(w)
+        return float((kl * w[t - 2]).mean() / w.mean()) / 3
+
+    loss()
+    grad, theta = sum(k.grad for k in model.kernels), model.kernel.theta
+    d = rng(6).standard_normal(theta.shape) + grad / np.linalg.norm(grad) * math.sqrt(theta.size)
+    assert (grad * d).sum() == pytest.approx(quotient(loss, theta, d), rel=1e-6)
+
+
+def test_focus_is_where_noise_is_about_as_strong_as_signal():
+    model = small_model(T=100)
+    assert (model.focused(0) == 1).all()
+    w, alpha_bar = model.focused(10), model.diffusion.alpha_bar[2:]
+    most = w.argmax()
+    assert w[most] == pytest.approx(11, rel=1e-2) and (1 - alpha_bar[most]) / alpha_bar[most] == pytest.approx(math.e, rel=0.15)
+    two_less = np.abs(np.log(1 - alpha_bar) - np.log(alpha_bar) + 1).argmin()  # a standard deviation below the middle
+    assert w[two_less] == pytest.approx(1 + 10 * math.exp(-0.5), rel=0.05)
+    assert w[0] == pytest.approx(1, rel=1e-2) and w[-1] < 2
+    model.diffusion.set(np.array([1, 0.5, 0.2, 0.0]))  # as some schedules end
+    assert model.focused(10)[-1] == 1
+
+
 def test_features_are_what_the_docstring_says():
     """Row by row, with colours: the patch around a pixel, sines and cosines, distances from the edges in units of the noise."""
     model = small_model((5, 4, 2), scales=(0, 2))
@@ -459,21 +486,23 @@ def test_parts_sum_to_K():
 def test_stratified_is_even_and_never_leaves_2_to_T():
     for number, T in [(7, 40), (256, 1000), (1000, 3), (5, 2)]:
         for u in (0.0, 0.3, 1 - 2 ** -53):
-            t = dpm.stratified(number, T, u)
+            t = dpm.stratified(number, np.ones(T - 1), u)
             assert t.min() >= 2 and t.max() <= T
             if number >= T - 1:
                 counts = np.bincount(t, minlength=T + 1)[2:]
                 assert counts.max() - counts.min() <= (1 if u < 0.9 else 2)  # at u = 1 - 2^-53, i + u rounds to i + 1
-    many = np.concatenate([dpm.stratified(5, 40, u) for u in rng(14).random(4000)])
-    np.testing.assert_allclose(np.bincount(many, minlength=41)[2:] / len(many), 1 / 39, rtol=0.2)  # the last t as often as any
+    for w in np.ones(39), np.linspace(3, 1, 39):  # the last t as often as its w says
+        many = np.concatenate([dpm.stratified(5, w, u) for u in rng(14).random(4000)])
+        np.testing.assert_allclose(np.bincount(many, minlength=41)[2:] / len(many), w / w.sum(), rtol=0.2)
 
 
-def test_stratified_estimate_agrees_with_the_sum_over_all_t():
-    """gradient() and bound(steps=...) estimate the same sum; closely enough to tell T - 1 terms from T."""
+@pytest.mark.parametrize("w", [None, np.linspace(1, 4, 11)])
+def test_stratified_estimate_agrees_with_the_sum_over_all_t(w):
+    """gradient() and bound(steps=...) estimate the same sum, however t is drawn; closely enough to tell T - 1 terms from T."""
     model = small_model(T=12, stir=0.1)
     x0 = np.repeat(rng(15).standard_normal((1, 3)), 4000, 0)
     exact = [model.bound(x0, rng(16, i))["kl"].sum() for i in range(4)]
-    estimates = [model.gradient(x0, 17, i)[1].mean() for i in range(16)]
+    estimates = [model.gradient(x0, 17, i, w=w)[1].mean() for i in range(16)]
     few = [model.bound(x0, rng(18, i), steps=2)["kl"].sum() for i in range(16)]
     se = lambda values: np.std(values, ddof=1) / math.sqrt(len(values))
     for estimate in (estimates, few):
@@ -1440,6 +1469,8 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
               (["train.py", "--out", "digits"], "another run"), (["train.py", "--steps", "0"], "must be positive"),
               (["train.py", "--timesteps", "1"], "2 or more"), (["train.py", "--resume", "nowhere"], "no such checkpoint"),
               (["train.py", "--resume", place / "runs" / "digits", "--lr", "1"], "was started with"),
+              (["train.py", "--resume", place / "runs" / "digits", "--focus", "-1"], "--focus must be 0 or more"),
+              (["train.py", "--focus", "3", "--schedule", "learned"], "--focus changes what is trained"),
               (["train.py", "--resume", place / "runs" / "digits", "--steps", "0"], "must be positive"),
               (["train.py", "--resume", place / "runs" / "digits", "--steps", "1"], "steps already"),
               (["train.py", "--evaluate", "newer.npz"], "format 99"), (["train.py", "--evaluate", "cut.npy"], "not a checkpoint"),

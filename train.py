@@ -65,6 +65,8 @@ def arguments():
     g.add_argument("--steps", type=int, help=f"gradient steps ({v['steps']} | {i['steps']})")
     g.add_argument("--batch-size", type=int, help=f"examples in a step ({v['batch_size']} | {i['batch_size']})")
     g.add_argument("--lr", type=float, help=f"peak learning rate of Adam ({v['lr']} | {i['lr']})")
+    g.add_argument("--focus", type=float, metavar="F", help="draw t at noise about as strong as the signal 1 + F times as often, at the price of "
+                   "K: for samples rather than bits (0: train K itself)")
     g.add_argument("--timesteps", type=int, metavar="T", help=f"steps of the diffusion ({v['timesteps']} | {i['timesteps']})")
     g.add_argument("--schedule", choices=["logsnr", "paper", "linear", "cosine", "learned"], help="beta_t, see dpm.schedule and dpm.LearnedSchedule (logsnr)")
     g.add_argument("--rate", type=float, help="of ones in pi, for binary data (the data's mean)")
@@ -78,9 +80,10 @@ def arguments():
 def settings(args, dataset):
     """The run's settings: what the flags say, and the defaults for this kind of data."""
     kind = "vector" if dataset.shape[:2] == (1, 1) else "image"
-    chosen = dict((BITS if dataset.binary else DEFAULTS)[kind], seed=0, dtype="float32", form="correction", rate=None)
+    chosen = dict((BITS if dataset.binary else DEFAULTS)[kind], seed=0, dtype="float32", form="correction", rate=None, focus=0.0)
     chosen |= {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}
     check_positive(chosen)
+    check_focus(chosen)
     if chosen["timesteps"] < 2 or chosen["seed"] < 0:
         raise dpm.InputError("--timesteps must be 2 or more" if chosen["timesteps"] < 2 else "--seed must not be negative")
     if dataset.binary and (chosen["schedule"] == "learned" or chosen["form"] == "paper"):
@@ -116,6 +119,13 @@ def check_positive(chosen):
             raise dpm.InputError(f"--{name.replace('_', '-')} must be positive, not {chosen[name]}")
 
 
+def check_focus(chosen):
+    if not 0 <= chosen["focus"] < math.inf:
+        raise dpm.InputError(f"--focus must be 0 or more, not {chosen['focus']}")
+    if chosen["focus"] and chosen["schedule"] == "learned":
+        raise dpm.InputError("--focus changes what is trained, and --schedule learned must be trained on K; leave one of them away")
+
+
 def optimiser_options(chosen):
     return dict(lr=chosen["lr"], steps=chosen["steps"], warmup=min(200, chosen["steps"] // 10 + 1))
 
@@ -125,7 +135,7 @@ def train(model, adam, dataset, out, seconds=0.0):
     xp, chosen, T, D = model.xp, model.about, model.T, model.kernel.D
     number, steps, seed, dtype = chosen["batch_size"], chosen["steps"], chosen["seed"], model.kernel.dtype
     log_every = max(1, steps // 200)
-    q, mean = model.diffusion, xp.full((1, D), model.diffusion.mean)
+    q, mean, w = model.diffusion, xp.full((1, D), model.diffusion.mean), model.focused(chosen["focus"])
     checkpoint, stopped, norm = out / "checkpoint.npz", [], 0.0
     begun, saved_at, saved_step, recent = time.perf_counter() - seconds, -math.inf, adam.step, []
 
@@ -150,7 +160,7 @@ def train(model, adam, dataset, out, seconds=0.0):
             log.writerow(COLUMNS)
         while adam.step < steps and not stopped:
             x0 = xp.asarray(dataset.draw(number, dpm.generator(dataset.xp, "batch", seed, adam.step), dtype))
-            recent.append(model.gradient(x0, seed, adam.step))
+            recent.append(model.gradient(x0, seed, adam.step, w=w))
             norm = adam.update([k.grad for k in model.kernels], model.pool)
             bar.update(number)
             line_is_due = adam.step % log_every == 0 or adam.step == steps
@@ -561,7 +571,7 @@ def start(args):
 
 
 def resume(args):
-    """A stopped run, as its last checkpoint has it; of the flags only --steps may differ from what it was started with."""
+    """A stopped run, as its last checkpoint has it; of the flags only --steps and --focus may differ from what it was started with."""
     if args.dataset is not None:
         args.dataset = data.load(args.dataset).name  # as the run has it
     out = pathlib.Path(args.resume or args.out or f"runs/{run_name(args.dataset or 'swissroll')}")
@@ -569,6 +579,8 @@ def resume(args):
     for name in ("dataset", "batch_size", "lr", "timesteps", "schedule", "rate", "form", "seed", "dtype"):
         if getattr(args, name) not in (None, model.about[name]):
             raise dpm.InputError(f"{out} was started with --{name.replace('_', '-')} {model.about[name]}, not {getattr(args, name)}; leave the flag away")
+    model.about["focus"] = model.about.get("focus", 0.0) if args.focus is None else args.focus
+    check_focus(model.about)
     if args.steps is not None:
         model.about["steps"] = args.steps
         check_positive(model.about)
@@ -593,7 +605,7 @@ def main():
     if args.parzen and not args.evaluate:
         raise dpm.InputError("--parzen goes with --evaluate DIR")
     if args.evaluate:
-        given = [name for name in ("dataset", "out", "resume", "steps", "batch_size", "lr", "timesteps", "schedule", "rate", "form", "seed", "dtype")
+        given = [name for name in ("dataset", "out", "resume", "steps", "batch_size", "lr", "focus", "timesteps", "schedule", "rate", "form", "seed", "dtype")
                  if getattr(args, name) is not None]
         if given:
             raise dpm.InputError(f"--evaluate takes a run as it is; leave --{given[0].replace('_', '-')} away")
