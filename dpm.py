@@ -1229,8 +1229,8 @@ class DPM:
         """
         xp, q, n, T = self.xp, self.diffusion, len(x0), self.T
         steps = min(steps or T - 1, T - 1)
-        t = stratified(n * steps, np.ones(T - 1), rng.random()).reshape(steps, n)   # steps = T - 1: row j is t = 2 + j for every example,
-        t = rng.permuted(t, axis=1)                                    # else no example may be tied to one part of each row
+        t = stratified(n * steps, np.ones(T - 1), rng.random()).reshape(steps, n)  # steps = T - 1: row j is t = 2 + j for every example,
+        t = rng.permuted(t, axis=1)                                                # else no example may be tied to one part of each row
         kl, H_p, each, count = np.zeros(T + 1), np.zeros(T + 1), np.zeros(n), np.bincount(t.ravel(), minlength=T + 1)
         for i in progress(range(0, n, batch)):
             x = xp.asarray(x0[i:i + batch])

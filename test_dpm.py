@@ -341,8 +341,8 @@ def test_focus_is_where_noise_is_about_as_strong_as_signal():
     w, alpha_bar = model.focused(10), model.diffusion.alpha_bar[2:]
     most = w.argmax()
     assert w[most] == pytest.approx(11, rel=1e-2) and (1 - alpha_bar[most]) / alpha_bar[most] == pytest.approx(math.e, rel=0.15)
-    two_less = np.abs(np.log(1 - alpha_bar) - np.log(alpha_bar) + 1).argmin()  # a standard deviation below the middle
-    assert w[two_less] == pytest.approx(1 + 10 * math.exp(-0.5), rel=0.05)
+    below = np.abs(np.log(1 - alpha_bar) - np.log(alpha_bar) + 1).argmin()  # a standard deviation below the middle
+    assert w[below] == pytest.approx(1 + 10 * math.exp(-0.5), rel=0.05)
     assert w[0] == pytest.approx(1, rel=1e-2) and w[-1] < 2
     model.diffusion.set(np.array([1, 0.5, 0.2, 0.0]))  # as some schedules end
     assert model.focused(10)[-1] == 1

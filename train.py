@@ -65,8 +65,8 @@ def arguments():
     g.add_argument("--steps", type=int, help=f"gradient steps ({v['steps']} | {i['steps']})")
     g.add_argument("--batch-size", type=int, help=f"examples in a step ({v['batch_size']} | {i['batch_size']})")
     g.add_argument("--lr", type=float, help=f"peak learning rate of Adam ({v['lr']} | {i['lr']})")
-    g.add_argument("--focus", type=float, metavar="F", help="draw t at noise about as strong as the signal 1 + F times as often, at the price of "
-                   "K: for samples rather than bits (0: train K itself)")
+    g.add_argument("--focus", type=float, metavar="F", help="draw t at noise about as strong as the signal 1 + F times as often, which weighs the "
+                   "KLs of K likewise: for samples rather than bits (0: train K itself)")
     g.add_argument("--timesteps", type=int, metavar="T", help=f"steps of the diffusion ({v['timesteps']} | {i['timesteps']})")
     g.add_argument("--schedule", choices=["logsnr", "paper", "linear", "cosine", "learned"], help="beta_t, see dpm.schedule and dpm.LearnedSchedule (logsnr)")
     g.add_argument("--rate", type=float, help="of ones in pi, for binary data (the data's mean)")
