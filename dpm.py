@@ -374,6 +374,23 @@ class Gaussian:
         slope = math.sqrt(float(self.alpha_bar[t]))
         return slope * x, slope
 
+    def predict(self, xt, t, out):
+        """x_0 as the kernel predicts it from x_t, N(cos phi x_t - sin phi v, sin^2 phi): mean and variance. At v = 0 what pi knows of it."""
+        signal, deviation = self.signal_and_noise(t)
+        return signal * xt - deviation * out[..., 0], deviation ** 2
+
+    def dpredict(self, xt, t, out, moved):
+        """dx and dout, where log Z has the gradient moved / variance in the predicted mean: what `multiply` moves the mean by is
+        variance times the gradient of its log Z."""
+        signal, deviation = self.signal_and_noise(t)
+        dout = self.xp.zeros_like(out)
+        dout[..., 0] = -moved / deviation
+        return signal / deviation ** 2 * moved, dout
+
+    def variance(self, mean, variance):
+        """Of every dimension of a distribution."""
+        return variance
+
     def _H(self, variance, x0):
         return self.xp.full(len(x0), x0.shape[1] * 0.5 * math.log(2 * math.pi * math.e * variance))
 
@@ -456,8 +473,7 @@ class Binomial:
 
     def _mixed(self, xt, t, out):
         """m = p(x_0 = 1 | x_t) and q(x_{t-1} = 1 | x_t, x_0) for x_0 = 1 and 0, of which p is the mixture."""
-        m = 1 / (1 + self.xp.exp(-(out[..., 0] + self._prior(xt, t))))
-        return m, *self.posterior(1, xt, t), *self.posterior(0, xt, t)
+        return *self.predict(xt, t, out), *self.posterior(1, xt, t), *self.posterior(0, xt, t)
 
     def reverse(self, xt, t, out):
         """p(x_{t-1} | x_t) = B(f_b), t >= 2, (n, D):   f_b = m q(x_{t-1} = 1 | x_t, x_0 = 1) + (1 - m) q(x_{t-1} = 1 | x_t, x_0 = 0)
@@ -550,6 +566,19 @@ class Binomial:
         slope = float(self.alpha_bar[t])
         return self._keep(x, slope), slope
 
+    def predict(self, xt, t, out):
+        """x_0 as the kernel predicts it from x_t, B(m). At out = 0 what pi knows of it."""
+        return (1 / (1 + self.xp.exp(-(out[..., 0] + self._prior(xt, t)))),)
+
+    def dpredict(self, xt, t, out, moved):
+        """dx and dout, where log Z has the gradient `moved` in the log odds of m: what `multiply` moves m by is that gradient.
+        In x the log odds are linear, as far as bits go."""
+        return moved * (self._prior(1, t) - self._prior(0, t)), moved[..., None].astype(out.dtype)
+
+    def variance(self, f):
+        """Of every bit of a distribution."""
+        return f * (1 - f)
+
     def H_p(self, x0):
         """H_p(X_T), (n,), linear in x0; with what log pi changes by on the way: E[-log pi(x_T) + log pi(x_1) - log pi(x_0)], so that K is
         a bound for any rate. Nothing changes where the rate is the mean of the data, or 1/2."""
@@ -567,6 +596,9 @@ class Binomial:
     def log_null(self, x):
         """log likelihood of independent bits with the data's mean, (n,); its mean over the data is L_null."""
         return self._log_independent(x, self.mean)
+
+
+HOW = ("constant", "annealed", "diffused", "predicted")
 
 
 class Observation:
@@ -620,14 +652,19 @@ class Posterior:
         constant   r_t = r                                                eq. 23
         annealed   r_t = r^((T - t) / T)                                  section 2.5
         diffused   r_t(x_t) = E[r(x_0) | x_t] under pi                    r as it looks through the noise of t; of a Function, r(E[x_0 | x_t])
+        predicted  r_t(x_t) = E[r(x_0) | x_t] as the kernel predicts x_0  the same with what the model knows instead of pi
+
+    The first three multiply in closed form where r has one, and know nothing of the other coordinates. The last has its gradient
+    through the network, so that what is known of one coordinate moves all of them (Ho et al. 2022, Song et al. 2023; with
+    particles Wu et al. 2023); it enters by eq. 61, with the gradient at x_t, except in the last step, and a step costs two and a half.
 
     Eq. 22 divides each product by Z_{t-1}(x_t) = int p(x_{t-1} | x_t) r_{t-1}(x_{t-1}) and goes on as if that were r_t(x_t). What is left,
     Z_{t-1}(x_t) / r_t(x_t), is the weight of this step: with it, a crowd of particles is exact, whatever the r_t are in between.
     """
 
     def __init__(self, diffusion, r, how):
-        if how not in ("constant", "annealed", "diffused"):
-            raise InputError(f"no r-schedule '{how}': choose constant, annealed or diffused")
+        if how not in HOW:
+            raise InputError(f"no r-schedule '{how}': choose {', '.join(HOW[:-1])} or {HOW[-1]}")
         r = list(r) if isinstance(r, (list, tuple)) else [r]
         self.q, self.how = diffusion, how
         self.observations = [o for o in r if isinstance(o, Observation)]
@@ -640,7 +677,7 @@ class Posterior:
             if o.y.ndim not in (1, 2) or o.y.shape[-1] != D or o.y.ndim == 2 and len(o.y) != number:
                 raise InputError(f"an observation of shape {o.y.shape} does not fit {number} samples of {D} dimensions")
 
-    def rows(self, s, particles):
+    def rows(self, s, particles=1):
         """The same for the samples in slice s only, each of them `particles` times."""
         part = copy.copy(self)
         part.observations = [copy.copy(o) for o in self.observations]
@@ -666,19 +703,33 @@ class Posterior:
             total += power * f.log_r(seen)
         return total
 
-    def draw(self, p, t, noise):
-        """x_t from p(x_t | .) r_t(x_t) / Z_t, and log Z_t (n,); for a Function, which moves the mean only, the weight that corrects this draw."""
-        q, log_Z = self.q, self.q.xp.zeros(len(noise))
+    def predicted(self, p):
+        """log r_t (n,) where x_0 is predicted to have the distribution p, and what it moves p's mean by, see dpredict."""
+        q, mean = self.q, p[0]
+        log_r, moved = sum(f.log_r(mean) for f in self.functions), sum(q.variance(*p) * f.gradient(mean) for f in self.functions)
         for o in self.observations:
-            p, z = q.multiply(*p, *q.observed(o, t, self.how))
-            log_Z += z
-        if not self.functions:
-            return q.step(*p, noise), log_Z
-        seen, power, slope = self._seen(p[0], t)
-        g = power * slope * sum(f.gradient(seen) for f in self.functions)
-        x = q.step(*q.tilt(*p, g), noise)
-        seen, power, _ = self._seen(x, t)
-        return x, log_Z + q.log_untilted(x, *p, g) + power * sum(f.log_r(seen) for f in self.functions)
+            p, log_Z = q.multiply(*p, *q.observed(o, 0, self.how))
+            log_r += log_Z
+        return log_r, moved + p[0] - mean
+
+    def draw(self, p, t, noise, g=None):
+        """x_t (n, D) from p(x_t | .) r_t(x_t) / Z_t, or from p moved by a gradient of log r_t, a Function's or the given g; and
+        log p(x_t | .) less the log density that x_t was drawn from, (n,), but for a constant."""
+        q, log_p, observed = self.q, self.q.xp.zeros(len(noise)), []
+        if g is None:
+            observed = [q.observed(o, t, self.how) for o in self.observations]
+            for o in observed:
+                p, log_Z = q.multiply(*p, *o)
+                log_p += log_Z
+            if self.functions:
+                seen, power, slope = self._seen(p[0], t)
+                g = power * slope * sum(f.gradient(seen) for f in self.functions)
+        if g is None:
+            x = q.step(*p, noise)
+        else:
+            x = q.step(*q.tilt(*p, g), noise)
+            log_p += q.log_untilted(x, *p, g)
+        return x, log_p - sum(q.log_observed(x, *o) for o in observed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -757,8 +808,8 @@ class MLP:
         return y
 
     def backward(self, dy, add, columns=None):
-        """From dy (N, outputs), once after each forward: the gradients of the weights, written (add=False) or added to what is
-        there; returns de (n, time) and, if columns (a slice) is given, the gradient of those columns of x, transposed.
+        """From dy (N, outputs), once after each forward: the gradients of the weights, written (add=False), added to what is there,
+        or left out (add=None); returns de (n, time) and, if columns (a slice) is given, the gradient of those columns of x, transposed.
 
         y = h_L W + b                         dW = h_L' dy      db = sum dy      dh = dy W'
         h_l = h_{l-1} + s(z_l)                dz_l = dh / d_l^2                  since s'(z) = 1 / (1 + |z|)^2 and d = 1 + |z|,
@@ -779,8 +830,9 @@ class MLP:
             else:
                 xp.matmul(a, b, out=dW)
 
-        put("W", self.h[-1].T, dy)
-        put("b", kernel.ones(N), dy)
+        if add is not None:
+            put("W", self.h[-1].T, dy)
+            put("b", kernel.ones(N), dy)
         dh = xp.matmul(dy, W[f"{name}.W"].T, out=self._buffer("dh", N, width))
         de = xp.zeros_like(self.e)
         for l in range(self.layers, 0, -1):
@@ -791,9 +843,10 @@ class MLP:
                 dz *= dz
                 xp.divide(dh, dz, out=dz)
             dc = kernel.ones(N // n) @ dz.reshape(n, N // n, width)     # the sum over rows as a product: three times as fast
-            put(f"W{l}", (self._around(self.h[l - 1]) if l > 1 else self.h[0]).T, dz)
-            put(f"V{l}", self.e.T, dc)
-            put(f"b{l}", kernel.ones(n), dc)
+            if add is not None:
+                put(f"W{l}", (self._around(self.h[l - 1]) if l > 1 else self.h[0]).T, dz)
+                put(f"V{l}", self.e.T, dc)
+                put(f"b{l}", kernel.ones(n), dc)
             de += dc @ W[f"{name}.V{l}"].T
             if l > 1:  # turned is a view, W_l', where there is no grid
                 turned = W[f"{name}.W{l}"].reshape(-1, width, width)[::-1].transpose(0, 2, 1).reshape(-1, width)
@@ -1017,9 +1070,9 @@ class Kernel:
             out[s] = self._readout(x[s], t[s], self.upper.forward(self._features(x[s], t[s], e[s], maps[s]), e[s]))
         return out
 
-    def gradient(self, x, t, loss, inputs=False):
-        """Forward and backward: dtheta in self.grad, where loss(s, out) returns dout for the examples in slice s. Returns, if
-        `inputs` are asked for, dx (n, D) and dphi (n,), the angle's own way into the features; costs about a tenth more.
+    def gradient(self, x, t, loss, inputs=False, weights=True):
+        """Forward and backward: dtheta in self.grad, unless `weights` are left out, where loss(s, out) returns dout for the examples in
+        slice s. Returns, if `inputs` are asked for, dx (n, D) and dphi (n,), the angle's own way into the features; costs about a tenth more.
 
         Slice by slice through the upper network, so loss and backward meet its activations while they are in cache; the
         lower network, whose cost is in reading its weights, goes over all examples at once.
@@ -1033,13 +1086,14 @@ class Kernel:
         H, W, _ = self.shape
         own = self.features_per_pixel - self.maps - self.sights
         columns = slice(0 if inputs else own, None) if inputs or self.maps or self.sights else None
+        add = lambda i: i > 0 if weights else None
         if inputs:
             dx, dphi = xp.empty_like(x), xp.empty(n, self.dtype)
         for i in range(0, n, self.slice):
             s = slice(i, min(i + self.slice, n))
             y = self.upper.forward(self._features(x[s], t[s], e[s], maps[s]), e[s])
             dout = loss(s, self._readout(x[s], t[s], y))
-            de[s], du = self.upper.backward(self._dreadout(x[s], t[s], dout).reshape(y.shape), add=i > 0, columns=columns)
+            de[s], du = self.upper.backward(self._dreadout(x[s], t[s], dout).reshape(y.shape), add=add(i), columns=columns)
             if inputs:
                 dx[s], dphi[s] = self._dfeatures(x[s], t[s], du.reshape(len(du), len(dout), -1))
                 du = du[own:]
@@ -1048,18 +1102,19 @@ class Kernel:
                 maps[s] = dmaps.transpose(1, 0, 2).reshape(-1, self.maps * self.pixels)
             if self.sights:
                 dsights = self._cells(du[self.maps:].reshape(self.sights, -1, H, W).transpose(1, 2, 3, 0))
-                de_s, dcells = self.middle.backward(dsights, add=i > 0, columns=slice(None) if inputs else None)
+                de_s, dcells = self.middle.backward(dsights, add=add(i), columns=slice(None) if inputs else None)
                 de[s] += de_s
                 if inputs:
                     dx[s] += self._image(dcells.T).reshape(-1, self.D)
         if self.maps:
-            de_lower, dimage = self.lower.backward(maps, add=False, columns=slice(None) if inputs else None)
+            de_lower, dimage = self.lower.backward(maps, add=add(0), columns=slice(None) if inputs else None)
             de += de_lower
             if inputs:
                 dx += dimage.T
-        dz = de * (1 - e * e)
-        xp.matmul(phases.T, dz, out=self.dW["time.Q"])
-        xp.matmul(self.ones(n), dz, out=self.dW["time.q"])
+        if weights:
+            dz = de * (1 - e * e)
+            xp.matmul(phases.T, dz, out=self.dW["time.Q"])
+            xp.matmul(self.ones(n), dz, out=self.dW["time.q"])
         return (dx, dphi) if inputs else None
 
 
@@ -1216,6 +1271,31 @@ class DPM:
         """p(x_{t-1} | x_t = x) for x (n, D) and one t >= 1, its parameters: the kernel's, and at t = 1 the fixed first step (eq. 44)."""
         t_x = self.xp.full(len(x), t)
         return self.diffusion.reverse(x, t_x, self.forward(x, t_x)) if t > 1 else self.diffusion.kernel(x, t_x)
+
+    def predicted(self, x, t, posterior):
+        """What reverse gives, log r_t(x) (n,), and its gradient (n, D), None at t = 1, where the product has a closed form.
+
+        r_t = E[r(x_0) | x_t] is a function of out and x_t; the network's backward takes its gradient on to x_t.
+        """
+        xp, q = self.xp, self.diffusion
+        t_x, out = xp.full(len(x), t), xp.zeros((*x.shape, q.outputs), self.kernel.dtype)
+        if t == 1:  # the fixed first step knows of x_0 what pi knows
+            return q.kernel(x, t_x), posterior.predicted(q.predict(x, t_x, out))[0], None
+        log_r, g = xp.empty(len(x)), xp.empty(x.shape)
+
+        def work(kernel, rows, _):
+            part, x_r, t_r = posterior.rows(rows), x[rows], t_x[rows]
+
+            def loss(s, out_s):
+                out[rows][s] = out_s
+                log_r[rows][s], moved = part.rows(s).predicted(q.predict(x_r[s], t_r[s], out_s))
+                g[rows][s], dout = q.dpredict(x_r[s], t_r[s], out_s, moved)
+                return dout
+
+            g[rows] += kernel.gradient(x_r.astype(kernel.dtype), t_r, loss, inputs=True, weights=False)[0]
+
+        self._deal(work, len(x))
+        return q.reverse(x, t_x, out), log_r, g
 
     def bound(self, x0, rng, steps=None, batch=512, progress=lambda blocks: blocks):
         """The lower bound K on the mean log likelihood of x0 (n, D), in nats, and its parts (eq. 14 with 44, appendix B):
@@ -1376,34 +1456,34 @@ class DPM:
             part = posterior and posterior.rows(slice(start, start + batch), N)
             log_w, past = np.zeros((len(rngs), N)), {}
 
-            def draw(p, t):
+            def draw(p, t, g=None):
                 noise = xp.asarray(np.concatenate([q.noise((N, D), rng) for rng in rngs]))
-                return part.draw(p, t, noise) if part else (q.step(*p, noise), 0.0)
+                return part.draw(p, t, noise, g) if part else (q.step(*p, noise), 0.0)
 
-            x, log_Z = draw(tuple(xp.full((len(rngs) * N, D), parameter) for parameter in q.pi), self.T)
-            if N > 1:
-                log_w += to_host(log_Z).reshape(log_w.shape)
-            for t in range(self.T, 0, -1):
+            def look(x, t):
+                if part and how == "predicted" and t > 0:
+                    return self.predicted(x, t, part)
+                return self.reverse(x, t) if t > 0 else None, part.log_r(x, t) if N > 1 else 0.0, None
+
+            x, log_p = draw(tuple(xp.full((len(rngs) * N, D), parameter) for parameter in q.pi), self.T, 0.0 if how == "predicted" else None)
+            for t in range(self.T, -1, -1):
                 if t in kept:
                     past[t] = x
-                next(steps)
-                p = self.reverse(x, t)
-                before = part.log_r(x, t) if N > 1 else None
-                x, log_Z = draw(p, t - 1)
+                p, log_r, g = look(x, t)
                 if N > 1:
-                    log_w += to_host(log_Z - before).reshape(log_w.shape)
+                    log_w += to_host(log_p + log_r).reshape(log_w.shape)
                     w, u = softmax(log_w, axis=1), np.array([[rng.random()] for rng in rngs])
                     low = 1 / (w ** 2).sum(1) < N / 2
-                    if t == 1:
-                        chosen = pick(w, u)
-                    elif low.any():
-                        chosen = np.tile(np.arange(N), (len(rngs), 1))
-                        chosen[low] = pick(w[low], (np.arange(N) + u[low]) / N)
+                    if t == 0 or low.any():
+                        chosen = pick(w, u) if t == 0 else np.where(low[:, None], pick(w, (np.arange(N) + u) / N), np.arange(N))
                         log_w[low] = 0
-                    else:
-                        continue
-                    rows = xp.asarray((chosen + N * np.arange(len(rngs))[:, None]).ravel())
-                    x, past = x[rows], {s: xs[rows] for s, xs in past.items()}
+                        rows = xp.asarray((chosen + N * np.arange(len(rngs))[:, None]).ravel())
+                        x, past = x[rows], {s: xs[rows] for s, xs in past.items()}
+                        p, log_r, g = [a[rows] for a in p or ()], log_r[rows], g if g is None else g[rows]
+                if t > 0:
+                    next(steps)
+                    x, log_p = draw(p, t - 1, g)
+                    log_p = log_p - log_r
             parts.append(x)
             for s, xs in past.items():
                 kept[s].append(xs)

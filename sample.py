@@ -46,7 +46,7 @@ def arguments():
     what.add_argument("--denoise", metavar="SIGMA", type=float, help="draw what is under noise of this standard deviation, in units of the data's")
     g.add_argument("--input", metavar="FILE", nargs="+", help="pictures to complete, or, already noisy, to denoise, in place of test images")
     g.add_argument("--particles", metavar="N", type=int, default=1, help="weighed particles for each sample; 1 is the paper's sampler (default: %(default)s)")
-    g.add_argument("--r-schedule", choices=["constant", "annealed", "diffused"], help="what r is at time t, see dpm.Posterior "
+    g.add_argument("--r-schedule", choices=dpm.HOW, help="what r is at time t, see dpm.Posterior "
                    "(default: constant, with particles diffused)")
     return p.parse_args()
 
