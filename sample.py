@@ -7,7 +7,8 @@
     python sample.py --inpaint mask.png              # your own mask, white where a pixel is missing
     python sample.py --inpaint --input photo.png     # your own picture in place of test images
     python sample.py --denoise 1.0                   # test images under noise of the data's own standard deviation
-    python sample.py --inpaint --particles 16        # weighed samples: slower, and exact in the limit
+    python sample.py --inpaint --r-schedule constant # the paper's sampler: in half the time, and less well
+    python sample.py --inpaint --particles 4         # weighed samples: slower, and exact in the limit
     python sample.py --trajectory --gif              # how they came about
 
 Writes a picture and an .npz with the arrays behind it, in the data's units: samples, and for a posterior truth, given, unknown.
@@ -45,9 +46,9 @@ def arguments():
                            "or a picture that is white where pixels are missing")
     what.add_argument("--denoise", metavar="SIGMA", type=float, help="draw what is under noise of this standard deviation, in units of the data's")
     g.add_argument("--input", metavar="FILE", nargs="+", help="pictures to complete, or, already noisy, to denoise, in place of test images")
-    g.add_argument("--particles", metavar="N", type=int, default=1, help="weighed particles for each sample; 1 is the paper's sampler (default: %(default)s)")
-    g.add_argument("--r-schedule", choices=dpm.HOW, help="what r is at time t, see dpm.Posterior "
-                   "(default: constant, with particles diffused)")
+    g.add_argument("--particles", metavar="N", type=int, default=1, help="weighed particles for each sample (default: %(default)s)")
+    g.add_argument("--r-schedule", choices=dpm.HOW, help="what r is at time t, see dpm.Posterior: constant is the paper's sampler, "
+                   "in half the time (default: predicted)")
     return p.parse_args()
 
 
@@ -174,7 +175,6 @@ def main():
         if mode != "samples":
             raise
         dataset = None  # sampling does without; only the nearest training images are not looked for
-    how = args.r_schedule or ("constant" if args.particles == 1 else "diffused")
     bar = lambda name: lambda s: tqdm(s, desc=name)
     times = lambda n: sorted({round(T * i / n) for i in range(n + 1)}, reverse=True)  # T..0
     frames, strip = times(60) if args.gif else [], times(9) if args.trajectory else []
@@ -185,7 +185,7 @@ def main():
         number = len(truth)
         given, unknown, r = posterior(model, dataset, args, truth)
     draws = DRAWS if r else 1
-    samples = model.sample(number * draws, args.seed, r, how, args.particles, keep=keep, progress=bar("reverse steps"))
+    samples = model.sample(number * draws, args.seed, r, args.r_schedule or "predicted", args.particles, keep=keep, progress=bar("reverse steps"))
     samples, kept = samples if keep else (samples, {})
     samples, kept = dpm.to_host(samples), {t: dpm.to_host(x) for t, x in kept.items()} | {0: dpm.to_host(samples)}
     arrays, layout = dict(samples=model.raw(samples)), ""
