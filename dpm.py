@@ -300,13 +300,13 @@ class Gaussian:
         return 1 / (beta + (1 - beta) * self.xp.exp(-z[..., 1].astype(np.float64)))
 
     def dpaper_form(self, xt, t, z, dout):
-        """dz from dout: drho = rho (1 - f_sigma) dz_sigma, since f_sigma is a sigmoid."""
+        """dz and dx from dout: drho = rho (1 - f_sigma) dz_sigma, since f_sigma is a sigmoid."""
         xp = self.xp
-        _, beta = self._at("kernel", t)
+        shrink, beta = self._at("kernel", t)
         shift, s = self._at("reverse", t)
-        rho = self._rho(beta, z)
-        dshifted = dout[..., 0] * rho * (-beta / shift)
-        return xp.stack([-dshifted, (dshifted * (xt - z[..., 0]) + dout[..., 1] / s) * (1 - beta * rho)], 2).astype(dout.dtype)
+        rho, dv = self._rho(beta, z), dout[..., 0] * (-beta / shift)
+        dz = xp.stack([-dv * rho, (dv * rho * (xt - z[..., 0]) + dout[..., 1] / s) * (1 - beta * rho)], 2)
+        return dz.astype(dout.dtype), dv * (rho - 1 / (1 + shrink))
 
     def ideal(self, xt, t, mean, variance):
         """The out (n, D, 2) for which p is the best diagonal Gaussian there is, from E[x_0 | x_t] and Var[x_0 | x_t], (n, D).
@@ -375,7 +375,8 @@ class Gaussian:
         return slope * x, slope
 
     def predict(self, xt, t, out):
-        """x_0 as the kernel predicts it from x_t, N(cos phi x_t - sin phi v, sin^2 phi): mean and variance. At v = 0 what pi knows of it."""
+        """x_0 as the kernel predicts it from x_t, N(cos phi x_t - sin phi v, sin^2 phi): mean and variance. The mean is the kernel's, the
+        variance that of white data, for which v = 0 is exact."""
         signal, deviation = self.signal_and_noise(t)
         return signal * xt - deviation * out[..., 0], deviation ** 2
 
@@ -567,8 +568,8 @@ class Binomial:
         return self._keep(x, slope), slope
 
     def predict(self, xt, t, out):
-        """x_0 as the kernel predicts it from x_t, B(m). At out = 0 what pi knows of it."""
-        return (1 / (1 + self.xp.exp(-(out[..., 0] + self._prior(xt, t)))),)
+        """x_0 as the kernel predicts it from x_t, B(m), see `reverse`. Never quite certain, whatever the log odds, since what is known must be possible."""
+        return (1 / (1 + self.xp.exp(-self.xp.clip(out[..., 0] + self._prior(xt, t), -700, 36))),)  # from 37 on, 1 - m is 0
 
     def dpredict(self, xt, t, out, moved):
         """dx and dout, where log Z has the gradient `moved` in the log odds of m: what `multiply` moves m by is that gradient.
@@ -625,7 +626,7 @@ class Observation:
 
 class Function:
     """Any r of your own: log_r(x) gives log r (n,) and gradient(x) its gradient (n, D), for x (n, D) in units of the normalised data
-    (data = x scale + shift), float64 on the model's device."""
+    (data = x scale + shift), float64 on the model's device. x are some of the samples at a time, in several threads if r is predicted."""
 
     def __init__(self, log_r, gradient):
         self._log_r, self._gradient = log_r, gradient
@@ -652,14 +653,16 @@ class Posterior:
         constant   r_t = r                                                eq. 23
         annealed   r_t = r^((T - t) / T)                                  section 2.5
         diffused   r_t(x_t) = E[r(x_0) | x_t] under pi                    r as it looks through the noise of t; of a Function, r(E[x_0 | x_t])
-        predicted  r_t(x_t) = E[r(x_0) | x_t] as the kernel predicts x_0  the same with what the model knows instead of pi
+        predicted  r_t(x_t) = E[r(x_0) | x_t], x_0 as the kernel predicts it, the coordinates independent; of a Function, r of the mean
 
-    The first three multiply in closed form where r has one, and know nothing of the other coordinates. The last has its gradient
-    through the network, so that what is known of one coordinate moves all of them (Ho et al. 2022, Song et al. 2023; with
-    particles Wu et al. 2023); it enters by eq. 61, with the gradient at x_t, except in the last step, and a step costs two and a half.
+    The first three multiply an Observation in closed form, coordinate by coordinate. The last takes the gradient of log r_t through the
+    network, so that what is known of one coordinate moves all the others (Ho et al. 2022, Song et al. 2023; with particles Wu et al.
+    2023). It moves the kernel of the step from x_t by eq. 61, with the gradient at x_t, which is too little where steps are few
+    and large, and only as good as the network; the last step is the product with r. A step costs two and a half.
 
     Eq. 22 divides each product by Z_{t-1}(x_t) = int p(x_{t-1} | x_t) r_{t-1}(x_{t-1}) and goes on as if that were r_t(x_t). What is left,
-    Z_{t-1}(x_t) / r_t(x_t), is the weight of this step: with it, a crowd of particles is exact, whatever the r_t are in between.
+    Z_{t-1}(x_t) / r_t(x_t), is the weight of this step: with it, a crowd of particles is exact, whatever the r_t are in between, if they rule
+    out nothing that r allows. A known value does at t > 0, if it is constant or annealed; it needs diffused or predicted.
     """
 
     def __init__(self, diffusion, r, how):
@@ -705,16 +708,18 @@ class Posterior:
 
     def predicted(self, p):
         """log r_t (n,) where x_0 is predicted to have the distribution p, and what it moves p's mean by, see dpredict."""
-        q, mean = self.q, p[0]
-        log_r, moved = sum(f.log_r(mean) for f in self.functions), sum(q.variance(*p) * f.gradient(mean) for f in self.functions)
+        q, mean, log_r = self.q, p[0], self.q.xp.zeros(len(p[0]))
+        moved = q.variance(*p) * sum(f.gradient(mean) for f in self.functions)
+        for f in self.functions:
+            log_r += f.log_r(mean)
         for o in self.observations:
             p, log_Z = q.multiply(*p, *q.observed(o, 0, self.how))
             log_r += log_Z
-        return log_r, moved + p[0] - mean
+        return log_r, moved + (p[0] - mean)
 
     def draw(self, p, t, noise, g=None):
-        """x_t (n, D) from p(x_t | .) r_t(x_t) / Z_t, or from p moved by a gradient of log r_t, a Function's or the given g; and
-        log p(x_t | .) less the log density that x_t was drawn from, (n,), but for a constant."""
+        """x_t (n, D) from p(x_t | .) times the Observations' r_t, moved by the gradient of the Functions' log r_t; or from p moved by g,
+        the gradient of all that is predicted. And log p(x_t | .) less the log density that x_t was drawn from, (n,), but for a constant."""
         q, log_p, observed = self.q, self.q.xp.zeros(len(noise)), []
         if g is None:
             observed = [q.observed(o, t, self.how) for o in self.observations]
@@ -1056,9 +1061,9 @@ class Kernel:
         return self.diffusion.paper_form(x, t, z) if self.paper else z
 
     def _dreadout(self, x, t, dout):
-        """dy from dout."""
-        dz = self.diffusion.dpaper_form(x, t, self._z, dout) if self.paper else dout
-        return dz[..., None] * self._bumps[t][:, None, None] if self.bumps else dz
+        """dy from dout, and what of dx does not come through y."""
+        dz, dx = self.diffusion.dpaper_form(x, t, self._z, dout) if self.paper else (dout, 0)
+        return dz[..., None] * self._bumps[t][:, None, None] if self.bumps else dz, dx
 
     def forward(self, x, t):
         """out (n, D, outputs) for x (n, D) of the network's dtype and t (n,)."""
@@ -1092,10 +1097,11 @@ class Kernel:
         for i in range(0, n, self.slice):
             s = slice(i, min(i + self.slice, n))
             y = self.upper.forward(self._features(x[s], t[s], e[s], maps[s]), e[s])
-            dout = loss(s, self._readout(x[s], t[s], y))
-            de[s], du = self.upper.backward(self._dreadout(x[s], t[s], dout).reshape(y.shape), add=add(i), columns=columns)
+            dy, dx_y = self._dreadout(x[s], t[s], loss(s, self._readout(x[s], t[s], y)))
+            de[s], du = self.upper.backward(dy.reshape(y.shape), add=add(i), columns=columns)
             if inputs:
-                dx[s], dphi[s] = self._dfeatures(x[s], t[s], du.reshape(len(du), len(dout), -1))
+                dx[s], dphi[s] = self._dfeatures(x[s], t[s], du.reshape(len(du), len(dy), -1))
+                dx[s] += dx_y
                 du = du[own:]
             if self.maps:  # what was maps is now dmaps
                 dmaps = du[:self.maps].reshape(self.maps, -1, self.pixels)
@@ -1119,7 +1125,7 @@ class Kernel:
 
 
 class IdealKernel:
-    """The best kernel there is for data whose moments given x_t are known: its K is K*, the limit for every network.
+    """The best kernel there is for data whose moments given x_t are known: its K is K*, the limit for every network. It has no backward.
 
     moments(x, alpha_bar) gives E[x_0 | x_t] and, for a Gaussian diffusion, Var[x_0 | x_t], for x (n, D) and alpha_bar (n, 1)."""
 
@@ -1273,10 +1279,8 @@ class DPM:
         return self.diffusion.reverse(x, t_x, self.forward(x, t_x)) if t > 1 else self.diffusion.kernel(x, t_x)
 
     def predicted(self, x, t, posterior):
-        """What reverse gives, log r_t(x) (n,), and its gradient (n, D), None at t = 1, where the product has a closed form.
-
-        r_t = E[r(x_0) | x_t] is a function of out and x_t; the network's backward takes its gradient on to x_t.
-        """
+        """p(x_{t-1} | x_t = x) as reverse gives it; log r_t(x) (n,), predicted; and the gradient of log r_t, (n, D), but None at t = 1, from
+        where r itself multiplies. log r_t is a function of x_t and out; the network's backward takes its gradient on to x_t."""
         xp, q = self.xp, self.diffusion
         t_x, out = xp.full(len(x), t), xp.zeros((*x.shape, q.outputs), self.kernel.dtype)
         if t == 1:  # the fixed first step knows of x_0 what pi knows
@@ -1435,12 +1439,13 @@ class DPM:
         """Samples (number, D) from p(x_0), or from p(x_0) r(x_0) for an r as Posterior takes it, an Observation's y (number, D) or (D,).
 
         x_T ~ pi, then x_{t-1} ~ p(x_{t-1} | x_t) for t = T..2 and the fixed first step (eqs. 4, 5 and 44): true draws, not means. r
-        multiplies every one of these distributions by r_t, see Posterior; one particle drops what each product integrates to, as
-        the paper does. More of them for every sample carry it as a weight, are drawn anew by their weights where the effective number
+        multiplies or moves every one of these distributions by r_t, see Posterior; one particle drops what each product integrates to,
+        as the paper does. More of them for every sample carry it as a weight, are drawn anew by their weights where the effective number
         falls below a half (systematic resampling), and the sample is one of them: exact in the limit of many, each at the cost of a sample.
 
         Sample k has its own noise, from (seed, k), on every device and in every batch of `batch` chains: it is the same to within
-        rounding. keep: times whose x_t are wanted too; then the result is (samples, {t: x_t}), of the particles that led to them.
+        rounding, which a predicted r magnifies where its gradient is steep. keep: times whose x_t are wanted too; then the result is
+        (samples, {t: x_t}), of the particles that led to them.
         """
         xp, q, D, N = self.xp, self.diffusion, self.kernel.D, particles
         posterior = None if r is None else Posterior(q, r, how)

@@ -7,7 +7,7 @@
     python sample.py --inpaint mask.png              # your own mask, white where a pixel is missing
     python sample.py --inpaint --input photo.png     # your own picture in place of test images
     python sample.py --denoise 1.0                   # test images under noise of the data's own standard deviation
-    python sample.py --inpaint --r-schedule constant # the paper's sampler: in half the time, and less well
+    python sample.py --inpaint --r-schedule constant # the paper's sampler, in half the time
     python sample.py --inpaint --particles 4         # weighed samples: slower, and exact in the limit
     python sample.py --trajectory --gif              # how they came about
 
@@ -47,8 +47,8 @@ def arguments():
     what.add_argument("--denoise", metavar="SIGMA", type=float, help="draw what is under noise of this standard deviation, in units of the data's")
     g.add_argument("--input", metavar="FILE", nargs="+", help="pictures to complete, or, already noisy, to denoise, in place of test images")
     g.add_argument("--particles", metavar="N", type=int, default=1, help="weighed particles for each sample (default: %(default)s)")
-    g.add_argument("--r-schedule", choices=dpm.HOW, help="what r is at time t, see dpm.Posterior: constant is the paper's sampler, "
-                   "in half the time (default: predicted)")
+    g.add_argument("--r-schedule", choices=dpm.HOW, help="what r is at time t, see dpm.Posterior: constant is the paper's sampler, in half "
+                   "the time; predicted asks for a trained network, and for more than a few steps (default: predicted)")
     return p.parse_args()
 
 

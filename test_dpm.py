@@ -240,6 +240,7 @@ def follows(model, x, posterior, log_r):
     """DPM.predicted: reverse's distribution, this log_r(x, t), its slope along any line by difference quotients, and no touch to the weights' gradients."""
     for kernel in model.kernels:
         kernel.grad[...] = 7
+        kernel.slice = 2  # of the three examples that each has
     for t in (1, 2, 6, 12):
         p, found, g = model.predicted(x, t, posterior)
         for a, b in zip(p, model.reverse(x, t)):
@@ -255,10 +256,10 @@ def follows(model, x, posterior, log_r):
 CURVE = dpm.Function(lambda x: np.sin(x) @ np.arange(x.shape[1]), lambda x: np.cos(x) * np.arange(x.shape[1]))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 3), (5, 6, 2)])
-def test_r_of_what_a_gaussian_kernel_predicts(shape):
+@pytest.mark.parametrize("shape, form", [((1, 1, 3), {}), ((5, 6, 2), dict(sights=2)), ((5, 6, 2), dict(sights=2, paper=True, bumps=3))])
+def test_r_of_what_a_gaussian_kernel_predicts(shape, form):
     """log r_t(x_t) = log int N(x_0; cos phi x_t - sin phi v, sin^2 phi) r(x_0) dx_0 for an Observation, log r at the mean for a Function."""
-    model = small_model(shape, stir=0.2, **({} if shape[0] == 1 else dict(sights=2)))
+    model = small_model(shape, stir=0.2, **form)
     q, D = model.diffusion, model.kernel.D
     x, y, sigma = rng(69).standard_normal((5, D)), rng(70).standard_normal((5, D)), np.array([0.0, 0.4, np.inf])[np.arange(D) % 3]
 
@@ -269,6 +270,15 @@ def test_r_of_what_a_gaussian_kernel_predicts(shape):
         return integral + np.sin(mean) @ np.arange(D)
 
     follows(model, x, dpm.Posterior(q, [dpm.Observation(y, sigma), CURVE], "predicted"), log_r)
+
+
+def test_a_known_bit_against_all_belief():
+    """A kernel that is certain of a bit (its odds beyond what 1 - m can hold) gives way to what is known, and the other bits stay what they are."""
+    model = bits(rate=0.4)[0]
+    model.kernel.out[...] = np.array([60.0, 0, 0])[:, None]
+    x = model.sample(2000, r=dpm.Observation([0.0, 0, 0], [0, np.inf, np.inf]), how="predicted", particles=4, batch=8192)
+    assert (x[:, 0] == 0).all()
+    np.testing.assert_allclose(x[:, 1:].mean(0), 0.4, atol=0.05)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 4), (5, 6, 1)])
@@ -1078,7 +1088,7 @@ def modes_case():
     weight = posterior[x > 0].sum() / posterior.sum()
     assert 0.4 < weight < 0.6  # the data's own is 1/4
     r = [dpm.Observation([0.2], [0.8]), dpm.Function(lambda x: 0.3 * np.sin(x[:, 0]), lambda x: 0.3 * np.cos(x))]
-    return dpm.DPM(q, kernel), r, 3000, lambda samples: abs((samples > 0).mean() - weight)
+    return dpm.DPM(q, kernel), r, 5000, lambda samples: abs((samples > 0).mean() - weight)
 
 
 def heartbeat_case():
@@ -1108,12 +1118,13 @@ def bits_case():
     return model, r, 10_000, distance
 
 
-@pytest.mark.parametrize("name, case, limit", [
-    ("AR(1), half known: KL, nats", lambda: ar1_case(False), 0.02), ("AR(1), denoised: KL, nats", lambda: ar1_case(True), 0.02),
-    ("swiss roll, one coordinate: TV", roll_case, 0.08), ("two modes: error of a weight", modes_case, 0.02),
-    ("heartbeat, three bits: share invalid", heartbeat_case, 0.01), ("three bits: TV", bits_case, 0.02)])
-def test_posteriors_against_the_truth(name, case, limit):
-    """With 64 particles (16 for heartbeats) samples have the exact posterior's distribution; with the paper's sampler they do not."""
+@pytest.mark.parametrize("name, case, limit, alone", [
+    ("AR(1), half known: KL, nats", lambda: ar1_case(False), 0.02, True), ("AR(1), denoised: KL, nats", lambda: ar1_case(True), 0.02, True),
+    ("swiss roll, one coordinate: TV", roll_case, 0.08, False), ("two modes: error of a weight", modes_case, 0.02, False),
+    ("heartbeat, three bits: share invalid", heartbeat_case, 0.01, True), ("three bits: TV", bits_case, 0.02, False)])
+def test_posteriors_against_the_truth(name, case, limit, alone):
+    """With 64 particles (16 for heartbeats) samples have the exact posterior's distribution; with the paper's sampler they do not. Where steps
+    are small and the answer is not a choice between modes, a predicted r comes halfway and more with one particle `alone`."""
     model, r, number, distance = case()
     found = {}
     many = 16 if case is heartbeat_case else 64
@@ -1123,6 +1134,7 @@ def test_posteriors_against_the_truth(name, case, limit):
     for how in ("diffused", "predicted"):
         assert found[how, many] < limit
         assert found["constant", 1] > 2 * found[how, many]
+    assert not alone or found["constant", 1] > 2 * found["predicted", 1]
 
 
 @pytest.mark.parametrize("how", dpm.HOW)
@@ -1378,7 +1390,7 @@ def test_sample_script(place):
     mask = np.zeros((8, 8), np.uint8)
     mask[:3] = 255
     Image.fromarray(mask).save(place / "mask.png")
-    for arguments in ((), ("--inpaint",), ("--inpaint", "mask.png", "--out", "masked"), ("--denoise", 0.5), ("--checkpoint", "runs/swissroll", "--out", "roll")):
+    for arguments in ((), ("--inpaint",), ("--inpaint", "mask.png", "--out", "masked"), ("--denoise", 0.5, "--r-schedule", "constant"), ("--checkpoint", "runs/swissroll", "--out", "roll")):
         done = script("sample.py", *arguments, *(() if "roll" in arguments else ("--checkpoint", "runs/digits")), "--number", 3, cwd=place)
         assert done.returncode == 0, done.stderr
     assert np.load(place / "runs" / "samples.npz")["samples"].shape == (3, 64) and np.load(place / "roll.npz")["samples"].shape == (3, 2)
@@ -1767,7 +1779,7 @@ def test_scripts_on_the_stand_in(dataset, flags, tmp_path, monkeypatch):
 
 
 # Looked up in CuPy 14.2, in cupy, cupy.random and cupy.cuda
-IN_CUPY = set("abs add arange asarray broadcast_to concatenate cos cumsum divide empty empty_like exp full isinf linspace log "
+IN_CUPY = set("abs add arange asarray broadcast_to clip concatenate cos cumsum divide empty empty_like exp full isinf linspace log "
               "matmul maximum minimum multiply ones sin sqrt stack subtract tanh where zeros zeros_like".split())
 
 
