@@ -1465,12 +1465,13 @@ class DPM:
                 noise = xp.asarray(np.concatenate([q.noise((N, D), rng) for rng in rngs]))
                 return part.draw(p, t, noise, g) if part else (q.step(*p, noise), 0.0)
 
-            def look(x, t):
+            def look(x, t):  # p(x_{t-1} | x_t = x), log r_t(x), and its gradient if it is that which moves p
                 if part and how == "predicted" and t > 0:
                     return self.predicted(x, t, part)
                 return self.reverse(x, t) if t > 0 else None, part.log_r(x, t) if N > 1 else 0.0, None
 
-            x, log_p = draw(tuple(xp.full((len(rngs) * N, D), parameter) for parameter in q.pi), self.T, 0.0 if how == "predicted" else None)
+            pi = tuple(xp.full((len(rngs) * N, D), parameter) for parameter in q.pi)
+            x, log_p = draw(pi, self.T, 0.0 if how == "predicted" else None)  # 0: nothing is predicted yet, and x_T is left as it comes
             for t in range(self.T, -1, -1):
                 if t in kept:
                     past[t] = x
