@@ -24,7 +24,11 @@ its backward stands under each forward. Everything is in nats. Schedules, poster
 network and the noise of its training are float32. `xp` is numpy or cupy, and every array of a model lives where its xp says.
 """
 import os
+import sys
+import warnings
 
+if "numpy" in sys.modules and os.environ.get("OPENBLAS_NUM_THREADS") != "1":
+    warnings.warn("import dpm before numpy, or set OPENBLAS_NUM_THREADS=1: with BLAS on several threads it is several times slower", stacklevel=2)
 for _library in ("OPENBLAS", "MKL", "OMP", "VECLIB_MAXIMUM"):  # our threads run whole slices of a batch, see DPM; BLAS must not
     os.environ.setdefault(_library + "_NUM_THREADS", "1")      # split its products among threads as well
 
@@ -626,7 +630,7 @@ class Observation:
 
 class Function:
     """Any r of your own: log_r(x) gives log r (n,) and gradient(x) its gradient (n, D), for x (n, D) in units of the normalised data
-    (data = x scale + shift), float64 on the model's device. x are some of the samples at a time, in several threads if r is predicted."""
+    (data = x * scale + shift), float64 on the model's device. x are some of the samples at a time, in several threads if r is predicted."""
 
     def __init__(self, log_r, gradient):
         self._log_r, self._gradient = log_r, gradient
@@ -662,7 +666,7 @@ class Posterior:
 
     Eq. 22 divides each product by Z_{t-1}(x_t) = int p(x_{t-1} | x_t) r_{t-1}(x_{t-1}) and goes on as if that were r_t(x_t). What is left,
     Z_{t-1}(x_t) / r_t(x_t), is the weight of this step: with it, a crowd of particles is exact, whatever the r_t are in between, if they rule
-    out nothing that r allows. A known value does at t > 0, if it is constant or annealed; it needs diffused or predicted.
+    out nothing that r allows. A known value rules out all other x_t if it is constant or annealed; it needs diffused or predicted.
     """
 
     def __init__(self, diffusion, r, how):
@@ -1280,7 +1284,7 @@ class DPM:
 
     def predicted(self, x, t, posterior):
         """p(x_{t-1} | x_t = x) as reverse gives it; log r_t(x) (n,), predicted; and the gradient of log r_t, (n, D), but None at t = 1, from
-        where r itself multiplies. log r_t is a function of x_t and out; the network's backward takes its gradient on to x_t."""
+        where r itself multiplies. log r_t is a function of x_t and the network's out; its backward takes its gradient on to x_t."""
         xp, q = self.xp, self.diffusion
         t_x, out = xp.full(len(x), t), xp.zeros((*x.shape, q.outputs), self.kernel.dtype)
         if t == 1:  # the fixed first step knows of x_0 what pi knows
@@ -1441,7 +1445,7 @@ class DPM:
         x_T ~ pi, then x_{t-1} ~ p(x_{t-1} | x_t) for t = T..2 and the fixed first step (eqs. 4, 5 and 44): true draws, not means. r
         multiplies or moves every one of these distributions by r_t, see Posterior; one particle drops what each product integrates to,
         as the paper does. More of them for every sample carry it as a weight, are drawn anew by their weights where the effective number
-        falls below a half (systematic resampling), and the sample is one of them: exact in the limit of many, each at the cost of a sample.
+        falls below N / 2 (systematic resampling), and the sample is one of them: exact in the limit of many, see Posterior, each at the cost of a sample.
 
         Sample k has its own noise, from (seed, k), on every device and in every batch of `batch` chains: it is the same to within
         rounding, which a predicted r magnifies where its gradient is steep. keep: times whose x_t are wanted too; then the result is

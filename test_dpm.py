@@ -7,6 +7,7 @@ import dpm  # first: it keeps BLAS to one thread, before numpy starts it
 import gzip
 import json
 import math
+import os
 import pathlib
 import resource
 import shutil
@@ -1453,6 +1454,13 @@ def test_sample_script_shows_trajectories(place, run, number):
         if run == "digits" and not flags:
             with Image.open(place / "waydigits.png") as picture:
                 assert np.abs(np.asarray(picture.convert("L")) - last).mean() < 3
+
+
+@pytest.mark.parametrize("first, threads, warns", [("numpy", None, True), ("numpy", "1", False), ("math", None, False)])
+def test_a_warning_where_blas_has_its_threads_already(first, threads, warns):
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")} | ({"OPENBLAS_NUM_THREADS": threads} if threads else {})
+    done = subprocess.run([sys.executable, "-c", f"import {first}, dpm"], cwd=HERE, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0 and ("import dpm before numpy" in done.stderr) == warns
 
 
 def test_readme_examples(tmp_path, monkeypatch):
