@@ -1,55 +1,114 @@
-"""Sample from a trained model, or from its product with any r that says what is known: posterior samples, by one mechanism.
+"""Sample from a trained model, or complete and denoise with it.
 
-    python sample.py                                 # the newest run, else the MNIST model that ships with the program
-    python sample.py --checkpoint runs/mnist --number 100
-    python sample.py --inpaint                       # the left half of test images is missing; also right, top, bottom, center
-    python sample.py --inpaint 0.8                   # 80 % of the pixels are, at random
-    python sample.py --inpaint mask.png              # your own mask, white where a pixel is missing
-    python sample.py --inpaint --input photo.png     # your own picture in place of test images
-    python sample.py --denoise 1.0                   # test images under noise of the data's own standard deviation
-    python sample.py --inpaint --r-schedule constant # the paper's sampler, in half the time
-    python sample.py --inpaint --particles 4         # weighed samples: slower, and exact in the limit
-    python sample.py --trajectory --gif              # how they came about
+  python sample.py                               # the newest run, else the shipped MNIST model
+  python sample.py --checkpoint runs/swissroll --trajectory --gif
+  python sample.py --inpaint                     # the left half of test images is missing
+  python sample.py --inpaint center --hole 100 --input photo.png     # any size of picture
+  python sample.py --denoise 1                   # test images under noise as strong as the data
 
-Writes a picture and an .npz with the arrays behind it, in the data's units: samples, and for a posterior truth, given, unknown.
+Writes NAME.png and NAME.npz, the arrays behind it in the data's units: samples, and for posterior
+samples truth, given, unknown; for images nearest, the training images nearest to them.
 """
 import dpm  # first: it keeps BLAS to one thread, before numpy starts it
 
 import argparse
 import math
+import os
 import pathlib
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
 import data
 import train
+from data import figures
 
 SHIPPED = pathlib.Path(__file__).parent / "data" / "mnist" / "model.npz"
-DRAWS = 6  # posterior samples for each input
+DEFAULT_STEPS = dict(images=50, sequences=None, points=None)    # of posteriors; None: all T
+DEFAULT_FREE_STEPS = None                                       # of free samples
+NUMBER = dict(images=64, sequences=40, points=2000)             # of free samples
+GIVEN = 8                       # how many test examples are completed or denoised
+SHOWN = 1024                    # images or sequences in a picture, at most
+MOVED = dict(images=64, sequences=64, points=2000)              # in a GIF or a strip, at most
+SIGMA = 1e-6, 1e6               # of --denoise, at least and at most
+PIXEL = 10_000                  # bytes that a network takes for a pixel, about
+PARTS = "left", "right", "top", "bottom", "center"
 
+
+# -------------------------------------------------------------------------------------------------
+# The flags
+# -------------------------------------------------------------------------------------------------
 
 def arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--checkpoint", metavar="FILE|DIR", help="a checkpoint or a run's directory (default: the newest run, else the shipped MNIST model)")
-    p.add_argument("--number", type=int, help="how many samples (default: 64), or how many test images to inpaint or denoise (8)")
-    p.add_argument("--seed", type=int, default=0, help="sample k depends on the seed and on k alone (default: %(default)s)")
-    p.add_argument("--out", metavar="NAME", help="writes NAME.png and NAME.npz (default: runs/samples, runs/inpaint or runs/denoise, overwritten)")
-    p.add_argument("--gpu", action=argparse.BooleanOptionalAction, help="compute with CuPy on a GPU, or not (default: if there is one)")
-    p.add_argument("--trajectory", action="store_true", help="also a strip of x_t from t = T to 0, NAME-trajectory.png")
-    p.add_argument("--gif", action="store_true", help="also the way from noise to samples, NAME.gif")
+    p = argparse.ArgumentParser(
+        description=__doc__, usage="python sample.py [flags]", add_help=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 24))
+    g = p.add_argument_group("what to draw")
+    g.add_argument("--checkpoint", metavar="PATH", help="a checkpoint, or the directory of a run")
+    g.add_argument("--number", metavar="N", type=int, help="how many samples, or test examples")
+    g.add_argument("--seed", metavar="N", type=int, default=0,
+                   help="sample k depends on this and on k alone (0)")
+    g.add_argument("--steps", metavar="S", type=int, help="make so many of the T steps (posteriors "
+                   f"of images: {DEFAULT_STEPS['images']}; else all)")
+    g.add_argument("--eta", metavar="X", type=float,
+                   help="noise of the steps: 1 the model's, 0 none, which is DDIM (1)")
     g = p.add_argument_group("posterior samples, from p(x) r(x)")
-    what = g.add_mutually_exclusive_group()
-    what.add_argument("--inpaint", metavar="PART|FRACTION|MASK", nargs="?", const="left",
-                      help="draw what is missing: left (default), right, top, bottom, center, a fraction of the pixels at random, "
-                           "or a picture that is white where pixels are missing")
-    what.add_argument("--denoise", metavar="SIGMA", type=float, help="draw what is under noise of this standard deviation, in units of the data's")
-    g.add_argument("--input", metavar="FILE", nargs="+", help="pictures to complete, or, already noisy, to denoise, in place of test images")
-    g.add_argument("--particles", metavar="N", type=int, default=1, help="weighed particles for each sample (default: %(default)s)")
-    g.add_argument("--r-schedule", choices=dpm.HOW, help="what r is at time t, see dpm.Posterior: constant is the paper's sampler, in half "
-                   "the time; predicted asks for a trained network, and for more than a few steps (default: predicted)")
-    return p.parse_args()
+    one = g.add_mutually_exclusive_group()
+    one.add_argument("--inpaint", metavar="PART", nargs="?", const="left",
+                     help=f"draw what is missing: {', '.join(PARTS)}; a fraction of the pixels; or "
+                     "a mask, a picture that is white there (left)")
+    one.add_argument("--denoise", metavar="SIGMA", type=float, help="draw what is under noise of "
+                     "this standard deviation; the data's is 1")
+    g.add_argument("--hole", metavar="N", type=int,
+                   help="--inpaint center: a hole of N x N pixels")
+    g.add_argument("--input", metavar="FILE", nargs="+",
+                   help="your own pictures, to complete, or noisy ones")
+    g.add_argument("--particles", metavar="N", type=int, help="weighed chains for each sample (1)")
+    g.add_argument("--r-schedule", metavar="NAME", choices=dpm.R_SCHEDULES,
+                   help=f"r on the way, see dpm.Posterior: {', '.join(dpm.R_SCHEDULES)}")
+    g = p.add_argument_group("how, and where to")
+    g.add_argument("--out", metavar="NAME", help="(runs/samples, runs/inpaint or runs/denoise)")
+    g.add_argument("--trajectory", action="store_true",
+                   help="also NAME-trajectory.png, x_t from t = T to 0")
+    g.add_argument("--gif", action="store_true", help="also NAME.gif, from noise to samples")
+    g.add_argument("--gpu", action=argparse.BooleanOptionalAction,
+                   help="use CuPy, or not (where there is a GPU)")
+    g.add_argument("--help", "-h", action="help", help="this page")
+    args = p.parse_args()
+    args.mode = "samples" if args.inpaint is None else "inpaint"
+    args.mode = args.mode if args.denoise is None else "denoise"
+    return args
+
+
+def check(args):
+    """What is wrong with the flags, whatever the model is."""
+    for name, least in dict(number=1, seed=0, hole=1, particles=1).items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise dpm.InputError(f"--{name} must be {least} or more, not {value}")
+    if args.mode == "denoise" and not SIGMA[0] <= args.denoise <= SIGMA[1]:
+        raise dpm.InputError(f"--denoise takes a standard deviation from {SIGMA[0]:g} to "
+                             f"{SIGMA[1]:g}, not {args.denoise:g}")
+    if args.hole and args.inpaint != "center":
+        raise dpm.InputError("--hole goes with --inpaint center")
+    if args.mode == "samples" and (args.input or args.particles or args.r_schedule):
+        raise dpm.InputError("--input, --particles and --r-schedule go with --inpaint or --denoise")
+    if args.mode != "samples" and args.eta is not None:
+        raise dpm.InputError("--eta is for free samples: omit it with --inpaint and --denoise")
+
+
+def files(args):
+    """{ending: path} of what will be written. An error now, not at the end, if it cannot be."""
+    out = pathlib.Path(args.out or f"runs/{args.mode}")
+    out = out.with_suffix("") if out.suffix in (".png", ".npz", ".gif") else out
+    if out.name in ("", ".."):
+        raise dpm.InputError(f"--out {args.out}: give a name, such as {out / 'samples'}")
+    ends = [".png", ".npz"] + ["-trajectory.png"] * args.trajectory + [".gif"] * args.gif
+    paths = {end: out.with_name(out.name + end) for end in ends}
+    for path in paths.values():
+        train.writable(path)
+        if path.is_dir():
+            raise dpm.InputError(f"--out: {path} is a directory; give another name")
+    return paths
 
 
 def find_checkpoint(given):
@@ -59,12 +118,37 @@ def find_checkpoint(given):
     return runs[-1] if runs else SHIPPED
 
 
-def missing(part, shape, seed=0):
-    """What is to be drawn anew, (D,) bool, for examples of shape (H, W, C). A vector counts as one row of D pixels."""
+def check_memory(model, args, chains):
+    """InputError if this machine cannot hold so many chains, or one batch in the network."""
+    try:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    except (AttributeError, ValueError, OSError):   # Windows does not say
+        have = 16
+    stored = chains * model.D * (8 if args.mode == "samples" else 40)
+    network = model.threads * max(6400, model.shape[0] * model.shape[1]) * PIXEL
+    crowd = 100 * model.D * (args.particles or 1)
+    need = min(stored + network + crowd, 10 ** 18) / 1e9
+    if need > have:
+        raise dpm.InputError(f"this takes about {need:.3g} GB of memory, and the machine has "
+                             f"{have:.3g}: fewer samples or particles, or smaller pictures")
+
+
+# -------------------------------------------------------------------------------------------------
+# What is known
+# -------------------------------------------------------------------------------------------------
+
+def missing(part, shape, seed=0, hole=None):
+    """What is to be drawn, (D,) bool, for examples of shape (H, W, C); part and hole: see --inpaint
+    and --hole. A vector counts as one row of D pixels."""
     H, W, C = shape if shape[:2] != (1, 1) else (1, shape[2], 1)
+    if hole and hole >= min(H, W):
+        raise dpm.InputError(f"--hole {hole}: the examples are {W} x {H} pixels")
     row, column = np.arange(H)[:, None], np.arange(W)[None, :]
-    parts = dict(left=column < W // 2, right=column >= W - W // 2, top=row < H // 2, bottom=row >= H - H // 2,
-                 center=(np.abs(2 * row - H + 1) < H / 2) & (np.abs(2 * column - W + 1) < W / 2))
+    tall, wide = hole or (H + 1) // 2, hole or (W + 1) // 2
+    y, x = row - (H - tall) // 2, column - (W - wide) // 2
+    center = (0 <= y) & (y < tall) & (0 <= x) & (x < wide)
+    parts = dict(zip(PARTS, (column < W // 2, column >= W - W // 2, row < H // 2,
+                             row >= H - H // 2, center)))
     try:
         fraction = float(part)
     except ValueError:
@@ -74,172 +158,197 @@ def missing(part, shape, seed=0):
     elif fraction is not None:
         if not 0 < fraction < 1:
             raise dpm.InputError(f"--inpaint {part}: a fraction of the pixels lies between 0 and 1")
-        unknown = dpm.generator(np, "mask", seed).permutation(H * W).reshape(H, W) < round(fraction * H * W)
+        order = dpm.generator(np, "mask", seed).permutation(H * W)
+        unknown = order.reshape(H, W) < round(fraction * H * W)
+    elif os.path.isfile(part):
+        unknown = data.read_pictures([part], (H, W, 1))[0, :, :, 0] > 127
     else:
-        try:
-            with Image.open(part) as picture:
-                unknown = np.asarray(picture.convert("L")) > 127
-        except (FileNotFoundError, IsADirectoryError):
-            raise dpm.InputError(f"--inpaint {part}: neither {', '.join(parts)}, nor a fraction, nor a mask picture") from None
-        except (UnidentifiedImageError, OSError):
-            raise dpm.InputError(f"--inpaint {part}: not a picture that can be read") from None
-        if unknown.shape != (H, W):
-            raise dpm.InputError(f"--inpaint {part}: the mask is {unknown.shape[1]} x {unknown.shape[0]} pixels, the data {W} x {H}")
+        raise dpm.InputError(f"--inpaint {part}: neither {', '.join(PARTS)}, nor a fraction, nor "
+                             "the file of a mask")
     if unknown.all() or not unknown.any():
-        raise dpm.InputError(f"--inpaint {part}: {'nothing is known' if unknown.all() else 'nothing is missing'} in this mask")
+        what = "known" if unknown.all() else "missing"
+        raise dpm.InputError(f"--inpaint {part}: nothing is {what}")
     return np.repeat(unknown.ravel(), C)
 
 
-def to_complete(model, dataset, args, number):
-    """Normalised examples (number, D): test examples, or the user's pictures."""
-    if not args.input:
-        truth = dataset.held_out(number, seed=args.seed)
-        if len(truth) < (args.number or 1):
-            raise dpm.InputError(f"--number {number}: {dataset.name} has only {len(truth)} test examples")
-        return truth
-    if not dataset.bytes or model.kernel.pixels == 1:
-        raise dpm.InputError(f"--input takes pictures, and {dataset.name} is not made of 8-bit pictures")
-    pictures = data.read_pictures(args.input, dataset.shape)[:args.number]
-    return dataset.normalise(pictures.reshape(len(pictures), -1), dpm.generator(np, "input", args.seed))
+def own_pictures(model, args):
+    """(the model for pictures of their size, the pictures, normalised (n, D))."""
+    if not model.about["bytes"] or figures.kind_of(model) != "images":
+        raise dpm.InputError("--input takes pictures, and this model knows no pictures of bytes")
+    pictures = data.read_pictures(args.input[:args.number], model.shape, any_size=True)
+    sizes = sorted({f"{p.shape[1]} x {p.shape[0]}" for p in pictures})
+    if len(sizes) > 1:
+        raise dpm.InputError(f"--input: pictures of {sizes[0]} and of {sizes[1]} pixels; give "
+                             "those of one size at a time")
+    model, raw = model.resized(*pictures[0].shape[:2]), np.stack(pictures)
+    u = dpm.generator(np, "input", args.seed).random(raw.shape)
+    x = model.normal(raw + (0.5 if model.diffusion.discretised else u))
+    return model, x.reshape(len(x), -1)
 
 
-def posterior(model, dataset, args, truth):
-    """given, what was done to the truth (number, D), unknown (D,) or None, and the r that says so, for DRAWS samples of each; normalised units."""
-    if args.inpaint:
-        unknown = missing(args.inpaint, dataset.shape, args.seed)
+def test_examples(dataset, args):
+    """The first test examples, normalised (n, D)."""
+    truth = dataset.held_out(args.number or GIVEN, seed=args.seed)
+    if len(truth) < (args.number or 1):
+        raise dpm.InputError(f"--number {args.number}: there are {len(truth)} test examples")
+    return truth
+
+
+def draws_of(model):
+    """Posterior samples for each input: 6; more of points, which cost little, and fewer of large
+    pictures."""
+    if figures.kind_of(model) == "points":
+        return 50
+    return max(1, min(6, 2 ** 16 // (model.shape[0] * model.shape[1])))
+
+
+def observed(model, args, truth, draws):
+    """given (n, D), what was done to the truth, NaN where it is missing; unknown (D,) or None; and
+    the Observation that says so, for `draws` samples of each. Normalised units."""
+    unknown, given, sigma = None, truth, args.denoise
+    if args.mode == "inpaint":
+        unknown = missing(args.inpaint, model.shape, args.seed, args.hole)
         given, sigma = np.where(unknown, np.nan, truth), np.where(unknown, np.inf, 0)
-    else:
-        unknown, sigma = None, args.denoise
-        noise = 0 if args.input else sigma * dpm.generator(np, "observation", args.seed).standard_normal(truth.shape)
-        given = truth + noise
-    return given, unknown, dpm.Observation(np.repeat(given, DRAWS, 0), sigma, model.xp)
+    elif not args.input:
+        noise = dpm.generator(np, "observation", args.seed).standard_normal(truth.shape)
+        given = truth + sigma * noise
+    return given, unknown, dpm.Observation(np.repeat(given, draws, 0), sigma, model.xp)
+
+
+# -------------------------------------------------------------------------------------------------
+# What comes out
+# -------------------------------------------------------------------------------------------------
+
+def sampler(model, args, r):
+    """A function that draws n samples: free, or posterior where there is an r."""
+    batch = (2 ** 16 if model.xp is np else 2 ** 20) // model.D
+    options = dict(seed=args.seed, batch=max(model.threads, min(1024, batch)),
+                   progress=lambda ticks: train.bar(ticks, "reverse steps"))
+    if r is None:
+        eta = 1.0 if args.eta is None else args.eta
+        return lambda n, **more: model.sample(n, eta=eta, **options, **more)
+    posterior = dpm.Posterior(model, r, args.r_schedule or "predicted", args.particles or 1)
+    return lambda n, **more: posterior.rows(slice(n)).sample(n, **options, **more)
+
+
+def draw(sample, chains, args, kind, T):
+    """Samples (chains, D), and {t: x_t} of the first of them if their way is wanted. Sample k is
+    the same however many there are, so those of the way may be drawn twice, and the rest is not
+    kept in memory at every t."""
+    if not args.gif and not args.trajectory:
+        return sample(chains), {}
+    times = figures.times(T, 60) * args.gif + figures.times(T, 10) * args.trajectory
+    first = min(chains, MOVED[kind])
+    samples, kept = sample(first, keep=set(times) - {0})
+    kept[0] = samples.copy()
+    return samples if first == chains else sample(chains), kept
 
 
 def nearest(dataset, x):
-    """The training examples nearest to x (n, D), and their root mean square distance (n,), normalised units."""
+    """The training examples nearest to x (n, D), and their root mean square distance (n,),
+    normalised units."""
+    x = x.astype(np.float32)
     best, found = np.full(len(x), np.inf), np.zeros_like(x)
     for i in range(0, len(dataset.train), 4096):
-        block = dataset.normalise(dataset.train[i:i + 4096], dpm.generator(np, "nearest", i), np.float32)
+        rng = dpm.generator(np, "nearest", i)
+        block = dataset.normalise(dataset.train[i:i + 4096], rng, np.float32)
         square = (x ** 2).sum(1)[:, None] - 2 * x @ block.T + (block ** 2).sum(1)
-        j = square.argmin(1)
-        closer = square[np.arange(len(x)), j] < best
-        best[closer], found[closer] = square[np.arange(len(x)), j][closer], block[j[closer]]
+        j, least = square.argmin(1), square.min(1)
+        closer = least < best
+        best[closer], found[closer] = least[closer], block[j[closer]]
     return found, np.sqrt(np.maximum(best, 0) / x.shape[1])
 
 
 def report(model, args, truth, given, unknown, samples):
-    """What can be measured of posterior samples (number, DRAWS, D)."""
-    mean, deviation = samples.mean(1), "bits" if model.about["binary"] else "in units of the data's deviation"
+    """Lines on what can be measured of posterior samples (n, draws, D)."""
+    unit = "bits" if model.about["binary"] else "in units of the data's deviation"
+    lines, draws, where = [], samples.shape[1], slice(None)
     if unknown is not None:
+        where = unknown
         change = np.abs(samples[:, :, ~unknown] - truth[:, None, ~unknown]).max()
-        print(f"known values: changed by {change:g}; missing ones: {samples[:, :, unknown].std(1).mean():.3f} apart between samples, {deviation}")
-    if args.input and unknown is None:
-        return  # the pictures came noisy, and nobody knows the truth
-    where = slice(None) if unknown is None else unknown
-    error = lambda x: math.sqrt(((x - truth)[:, where] ** 2).mean())
-    psnr = lambda x: f", PSNR {20 * math.log10(255 / (error(x) * model.scale)):.1f} dB" if model.about["bytes"] else ""
-    print(f"root mean square error, {deviation}: mean of {DRAWS} samples {error(mean):.3f}{psnr(mean)}; one sample {error(samples[:, 0]):.3f}{psnr(samples[:, 0])}"
-          + (f"; given {error(given):.3f}{psnr(given)}" if unknown is None else ""))
+        apart = samples[:, :, unknown].std(1).mean()
+        lines.append(f"known values: changed by {change:g}" + (
+            f"; missing ones: {apart:.3f} apart between samples, {unit}" if draws > 1 else ""))
+    elif args.input:
+        return lines                                # they came noisy: nobody knows the truth
 
+    def error(x):
+        rms = math.sqrt(((x - truth)[:, where] ** 2).mean())
+        if not model.about["bytes"]:
+            return f"{rms:.3f}"
+        return f"{rms:.3f}, PSNR {20 * math.log10(255 / max(rms * model.scale, 1e-9)):.1f} dB"
 
-def picture_of(model, columns):
-    """A function from normalised examples (n, D), NaN where missing, to a picture in rows of `columns`; a vector of bits is a row of pixels."""
-    bits = model.kernel.pixels == 1 and model.about["binary"]
-
-    def draw(x):
-        if model.kernel.pixels == 1 and not bits:
-            return train.points_picture({"": x})
-        pictures = train.to_bytes(model, np.nan_to_num(x), (1, -1, 1) if bits else None)
-        pictures[np.isnan(x).reshape(pictures.shape)] = 128
-        return train.grid(pictures, columns, zoom=8 if bits else 3)
-
-    return draw
+    lines.append(f"root mean square error, {unit}: mean of {draws} samples "
+                 f"{error(samples.mean(1))}; one sample {error(samples[:, 0])}"
+                 + (f"; given {error(given)}" if unknown is None else ""))
+    return lines
 
 
 def main():
     args = arguments()
-    mode = "inpaint" if args.inpaint else "samples" if args.denoise is None else "denoise"
-    number = args.number if args.number is not None else 64 if mode == "samples" else 8
-    if number < 1 or args.seed < 0 or args.particles < 1 or args.denoise is not None and not 0 < args.denoise < np.inf:
-        raise dpm.InputError("--number, --particles and --denoise must be positive, --seed must not be negative")
-    if mode == "samples" and (args.input or args.r_schedule or args.particles > 1):
-        raise dpm.InputError("--input, --particles and --r-schedule go with --inpaint or --denoise")
-    checkpoint = find_checkpoint(args.checkpoint)
-    model = dpm.DPM.load(checkpoint, dpm.backend(args.gpu))
-    print(f"{checkpoint} on {train.device_name(model.xp)}: {model.about['dataset']}, T = {model.T}", flush=True)
-    T, image = model.T, model.kernel.pixels > 1
-    drawn_in_rows = image or model.about["binary"]
+    check(args)
+    paths, free, checkpoint = files(args), args.mode == "samples", find_checkpoint(args.checkpoint)
+    ranks = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"} & set(os.environ)
+    model = dpm.load(checkpoint, dpm.backend(args.gpu), comm=dpm.Ranks() if ranks else None)
+    say = print if model.comm.rank == 0 else lambda *_, **__: None
+    kind, T, shape, dataset = figures.kind_of(model), model.T, model.shape, None
     try:
         dataset = train.load_for(model)
     except dpm.InputError:
-        if mode != "samples":
-            raise
-        dataset = None  # sampling does without; only the nearest training images are not looked for
-    bar = lambda name: lambda s: tqdm(s, desc=name)
-    times = lambda n: sorted({round(T * i / n) for i in range(n + 1)}, reverse=True)  # T..0
-    frames, strip = times(60) if args.gif else [], times(9) if args.trajectory else []
-    keep = {*frames, *strip} - {0}
-    truth = given = unknown = r = None
-    if mode != "samples":
-        truth = to_complete(model, dataset, args, number)
+        if not free and not args.input:
+            raise                                   # free samples and own pictures do without
+    if args.steps is not None:
+        model = model.shortened(args.steps)
+    elif S := DEFAULT_FREE_STEPS if free else DEFAULT_STEPS[kind]:
+        model = model.shortened(min(S, T))
+
+    number = args.number or (NUMBER[kind] if free else GIVEN)
+    if args.input:
+        model, truth = own_pictures(model, args)
         number = len(truth)
-        given, unknown, r = posterior(model, dataset, args, truth)
-    draws = DRAWS if r else 1
-    samples = model.sample(number * draws, args.seed, r, args.r_schedule or "predicted", args.particles, keep=keep, progress=bar("reverse steps"))
-    samples, kept = samples if keep else (samples, {})
-    samples, kept = dpm.to_host(samples), {t: dpm.to_host(x) for t, x in kept.items()} | {0: dpm.to_host(samples)}
-    arrays, layout = dict(samples=model.raw(samples)), ""
-    rows, columns = samples, 8 if image else 1
-    if r:
-        sets = dict(truth=truth, given=given, samples=samples.reshape(number, DRAWS, -1))
-        if args.input and mode == "denoise":  # nobody knows what is under this noise
-            del sets["truth"]
-        arrays = {name: model.raw(x) for name, x in sets.items()} | ({} if unknown is None else {"unknown": unknown})
-        report(model, args, truth, given, unknown, sets["samples"])
-        rows = [sets[name].reshape(number, -1, samples.shape[1]) for name in sets]
-        layout = f": {'truth, ' if 'truth' in sets else ''}what is given, {DRAWS} posterior samples"
-        if mode == "denoise" and drawn_in_rows:
-            rows.append(sets["samples"].mean(1, keepdims=True))
-            layout += ", their mean"
-            if image:
-                rows.append(dpm.to_host(model.sample(number, args.seed + 1, progress=bar("free samples")))[:, None])
-                layout += ", and a sample that was given nothing"
-    if image and dataset:
-        first = samples[::draws]
-        close, distance = nearest(dataset, first)
-        _, usual = nearest(dataset, dataset.held_out(len(first)))
-        print(f"nearest training image: {distance.mean():.3f} away, root mean square in units of the data's deviation; for test images it is {usual.mean():.3f}")
-        arrays["nearest"] = model.raw(close)
-        if mode == "inpaint":
-            rows.append(close[:, None])
-            layout += ", and the training image nearest to the first of them"
-    if r:
-        rows = np.concatenate(rows, 1)
-        columns = rows.shape[1]
-        rows = rows.reshape(-1, rows.shape[2])
-    out = pathlib.Path(args.out or f"runs/{mode}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    written = [out.with_name(out.name + end) for end in (".png", ".npz")]
-    with dpm.written_whole(written[1]) as part:
-        np.savez(part, **arrays)
-    if drawn_in_rows:
-        train.save_picture(picture_of(model, columns)(rows), written[0])
-    else:
-        train.save_picture(train.points_picture(sets if r else dict(samples=samples)), written[0])
+    draws = 1 if free else draws_of(model)
+    check_memory(model, args, number * draws)
+    say(f"{checkpoint} on {train.device_name(model.xp)}: {number} "
+        f"{kind if number > 1 else kind[:-1]} of {data.printable(model.about['dataset'])}, "
+        f"{model.T} of T = {T} steps", flush=True)
+    r = unknown = None
+    if not free:
+        truth = truth if args.input else test_examples(dataset, args)
+        given, unknown, r = observed(model, args, truth, draws)
+    samples, kept = draw(sampler(model, args, r), number * draws, args, kind, model.T)
+
+    sets, extra = dict(samples=samples.reshape(number, draws, model.D)), {}
+    if not free:
+        for line in report(model, args, truth, given, unknown, sets["samples"]):
+            say(line)
+        noisy = args.input and args.mode == "denoise"
+        sets = ({} if noisy else {"truth": truth[:, None]}) | {"given": given[:, None]} | sets
+        if args.mode == "denoise" and kind != "points":
+            extra["their mean"] = sets["samples"].mean(1, keepdims=True)
+    arrays = {name: x if name == "samples" and not free else x[:, 0] for name, x in sets.items()}
+    if kind == "images" and dataset and dataset.train is not None and model.shape == shape:
+        arrays["nearest"], distance = nearest(dataset, sets["samples"][:SHOWN, 0])
+        usual = nearest(dataset, dataset.held_out(len(distance)))[1]
+        say(f"nearest training image: {distance.mean():.3f} away, root mean square in units of the "
+            f"data's deviation; for test images it is {usual.mean():.3f}")
+        if args.mode == "inpaint":
+            extra["the training image nearest to the first of them"] = arrays["nearest"][:, None]
+    if model.comm.rank > 0:
+        return
+
+    picture, layout = figures.sheet_of(model, sets, extra, SHOWN)
+    figures.save_picture(picture, paths[".png"])
     if args.trajectory:
-        written.append(out.with_name(out.name + "-trajectory.png"))
-        ways = {t: kept[t][::draws][:8] if drawn_in_rows else kept[t] for t in strip}
-        if drawn_in_rows:
-            train.save_picture(picture_of(model, len(ways))(np.stack(list(ways.values()), 1).reshape(-1, samples.shape[1])), written[-1])
-        else:
-            train.save_picture(train.points_picture({f"t = {t}": x for t, x in ways.items()}, size=2), written[-1])
+        figures.save_picture(figures.strip(model, kept, draws), paths["-trajectory.png"])
     if args.gif:
-        written.append(out.with_name(out.name + ".gif"))
-        draw = picture_of(model, DRAWS if r else columns)
-        pictures = [draw(kept[t]).convert("P") for t in frames]
-        with dpm.written_whole(written[-1]) as part:
-            pictures[0].save(part, format="GIF", save_all=True, append_images=pictures[1:], duration=[60] * (len(pictures) - 1) + [2000], loop=0)
-    print(f"{written[0]}{layout}; {', '.join(map(str, written[1:]))}")
+        columns = draws if not free else 1 if kind == "sequences" else 8
+        figures.save_gif(*figures.frames(model, kept, columns), paths[".gif"])
+    for x in arrays.values():                       # to the data's units, in place
+        x *= model.scale
+        x += model.shift
+    with dpm.written_whole(paths[".npz"]) as part, open(part, "wb") as file:
+        np.savez(file, **arrays, **({} if unknown is None else dict(unknown=unknown)))
+    say(f"{paths['.png']}: {layout}; {', '.join(str(path) for path in list(paths.values())[1:])}")
 
 
 if __name__ == "__main__":
