@@ -43,7 +43,6 @@ import ctypes
 import json
 import math
 import pathlib
-import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -359,10 +358,10 @@ class Gaussian(Diffusion):
         return v, u
 
     def p_x0(self, xt, t, z):
-        """N(cos phi x_t - sin phi v, sin^2 phi u), with the network's own u."""
+        """N(cos phi x_t - sin phi v, sin^2 phi u), with the network's own u, and never quite certain."""
         cos, sin = self._at(t, self.cos, self.sin)
         v, u = (z[..., i].astype(np.float64) for i in (0, 1))
-        return Normal(self.xp, cos * xt - sin * v, sin ** 2 * u)
+        return Normal(self.xp, cos * xt - sin * v, sin ** 2 * self.xp.maximum(u, 1e-6))
 
     def dp_x0(self, xt, t, z, g):
         cos, sin = self._at(t, self.cos, self.sin)
@@ -385,10 +384,11 @@ class Gaussian(Diffusion):
         return Normal(xp, xp.sqrt(before) * x0 + along * eps, eta ** 2 * beta_tilde * (1 + c * u))
 
     def guided(self, p, t, g):
-        """x_0 given r has the mean x_0^ + sin^2 phi / cos phi g (Tweedie), which moves f_mu by beta_t / sqrt(1 - beta_t)
-        g; eq. 61 has f_sigma g, the same where steps are small."""
-        beta, = self._at(t, self.beta)
-        return g * beta / (self.xp.sqrt(1 - beta) * p.variance)
+        """x_0 given r has the mean x_0^ + sin^2 phi / cos phi g (Tweedie), and f_mu moves with it; eq. 61
+        has f_sigma g, the same where steps are small. A move of x_0 beyond the data's own deviation, 1,
+        is the network's error, and is cut."""
+        cos, sin, from_x0 = self._at(t, self.cos, self.sin, self.from_x0)
+        return from_x0 * self.xp.clip(sin ** 2 / cos * g, -1, 1) / p.variance
 
     def kl(self, x0, xt, t, z, weights=None):
         """The KL of a step and dz. Per dimension 1/2 [ log(f_sigma / beta~) + (beta~ + (f_mu - mu~)^2) / f_sigma - 1 ],
@@ -438,18 +438,21 @@ class Gaussian(Diffusion):
         ds[:-1] -= ds[1:]                                              # s_t and s_{t+1} both have phi_t
         return 0.5 * self.sin * self.cos * dphi + self.alpha_bar * ds + dlevel
 
+    def p_last(self, x1, z):
+        """N(mu, sigma^2), what the decoder integrates: x_0 given x_1, with the variance of this diffusion."""
+        v, u = self._v_u(self.xp.ones(len(x1), int), z)
+        return Normal(self.xp, self.cos[1] * x1 - self.sin[1] * v, self.sin[1] ** 2 * self.xp.maximum(u, 1e-12))
+
     def decode(self, x0, x1, z):
-        """-log p(x_0 | x_1) of bytes that were not dequantised (DDPM eq. 13), nats (n,), and dz: p_x0 at
-        t = 1, integrated over the grey level of x_0, open at the first and the last.
+        """-log p(x_0 | x_1) of bytes that were not dequantised (DDPM eq. 13), nats (n,), and dz: p_last,
+        integrated over the grey level of x_0, open at the first and the last.
 
         P = Phi(b) - Phi(a),  a, b = (x_0 -+ half - mu) / sigma      d(-log P)/dmu = (Phi'(b) - Phi'(a)) / (P sigma)
                                                     d(-log P)/dsigma^2 = (b Phi'(b) - a Phi'(a)) / (2 P sigma^2)
         """
-        xp, special = self.xp, _special(self.xp)
-        t = xp.ones(len(x1), int)
-        (v, u), (cos, sin) = self._v_u(t, z), self._at(t, self.cos, self.sin)
-        mu, sigma = cos * x1 - sin * v, sin * xp.sqrt(xp.maximum(u, 1e-20))
-        a, b = (x0 - self.half - mu) / sigma, (x0 + self.half - mu) / sigma
+        xp, special, p = self.xp, _special(self.xp), self.p_last(x1, z)
+        sin, sigma = self.sin[1], xp.sqrt(p.variance)
+        a, b = (x0 - self.half - p.mean) / sigma, (x0 + self.half - p.mean) / sigma
         a = xp.where(x0 < self.ends[0] + self.half, -1e6, a)
         b = xp.where(x0 > self.ends[1] - self.half, 1e6, b)
         flip = a + b > 0                                # in the left tail log Phi has all its digits
@@ -776,21 +779,6 @@ class Rectifier:
         dx = y / r
         dx *= dy
         return dx
-
-
-class Softsign:
-    """y = x / (1 + |x|), a tanh at a fifth of its cost.        dx = dy / (1 + |x|)^2"""
-
-    shapes = {}
-
-    def forward(self, x, tape):
-        r = 1 + abs(x)
-        tape.saved.append(r)
-        return x / r
-
-    def backward(self, dy, tape):
-        r = tape.saved.pop()
-        return dy / (r * r)
 
 
 class Identity:
@@ -1168,12 +1156,12 @@ def features(channels, scales, edges):
     return Beside(*parts), channels * (1 + 2 * len(scales) + 2 * len(edges))
 
 
-def mlp(channels, readout, outputs, width=128, layers=3, scales=(), edges=(), time=128):
+def mlp(channels, readout, outputs, width=128, layers=3, scales=(), edges=(), time=64):
     """Dense residual layers over the coordinates of a vector."""
     first, inputs = features(channels, scales, edges)
-    hidden = [Residual(Dense(width, width), Time(time, width), Softsign()) for _ in range(layers - 1)]
+    hidden = [Residual(Dense(width, width), Time(time, width), Rectifier()) for _ in range(layers - 1)]
     return Network(Sequential(
-        first, Dense(inputs, width), Time(time, width), Softsign(), *hidden,
+        first, Dense(inputs, width), Time(time, width), Rectifier(), *hidden,
         Dense(width, outputs * channels, gain=0)), readout, *hears(time))
 
 
@@ -1207,10 +1195,10 @@ def paper(channels, readout, outputs, pixels=1, pools=(1, 2, 4), maps=8, hidden=
     upsample, sum) beside a dense path over all pixels; above, the same small network at every pixel,
     whose readouts are mixed by bumps of the noise level, the only thing here that hears it."""
     scales = Sum(*[Pooled(side, Conv3x3(channels, maps)) for side in pools]) if pixels > 1 else Dense(channels, maps)
-    dense = Whole(Dense(pixels * channels, hidden), Softsign(), Dense(hidden, pixels * maps))
+    dense = Whole(Dense(pixels * channels, hidden), Rectifier(), Dense(hidden, pixels * maps))
     return Network(Sequential(
         Beside(Sequential(scales, Rectifier()), dense, Identity()),
-        Dense(2 * maps + channels, width), Softsign(), Dense(width, width), Softsign(),
+        Dense(2 * maps + channels, width), Rectifier(), Dense(width, width), Rectifier(),
         Dense(width, bumps * outputs * channels, gain=0), Bumps(bumps, first, last)), readout)
 
 
@@ -1297,25 +1285,29 @@ def objective(kind, q):
     always learned by the KL):
 
     K        1/2 c_t / (1 + c_t u), and the terms in u               eq. 14; Sohl-Dickstein et al. 2015
-    focused  K's, times 1 + 8 exp(-(level_t + 1)^2 / 25), and t drawn in that proportion: less for steps
-             below a grey level, where the noise can't be known (as in Karras et al. 2022)
+    focused  K's, divided by alpha_bar_t, which makes it about as much at every t, and t drawn in
+             proportion to 1 + 8 exp(-(level_t + 1)^2 / 25): K alone asks next to nothing of the steps
+             where it is decided what a picture will be, and much of those below a grey level, where
+             the noise can't be known (as in Karras et al. 2022)
     simple   alpha_bar_t, the mean square of eps - eps^              DDPM eq. 14
     mean     beta_t^2 alpha_bar_{t-1} / (1 - alpha_bar_t), that of mu~ - f_mu         DDPM eq. 8
 
-    simple and mean are scaled so that they weigh as much as K in the mean over t.
+    All but K are scaled so that they weigh as much as K in the mean over t.
     """
     xp = q.xp
     t = xp.arange(q.T + 1)
     share = xp.where(t > 1, 1.0, 0.0)
     weight, error = share.copy(), None
+    c = xp.where(t > 1, q.c, 0.0) if isinstance(q, Gaussian) else share
     if kind == "focused":
         share = share * (1 + 8 * xp.exp(-(q.level + 1) ** 2 / 25))
-        weight = share * (q.T - 1) / share.sum()
+        weight = share / (q.alpha_bar + 1e-3)
+        weight = weight * (c.sum() / (weight * c).sum())
     elif kind in ("simple", "mean"):
         with np.errstate(invalid="ignore"):
             error = q.alpha_bar if kind == "simple" else (q.from_x0 * q.sin) ** 2
         error = xp.where(t > 1, error, 0.0)
-        error = error * (xp.where(t > 1, q.c, 0.0).sum() / 2 / error.sum())
+        error = error * (c.sum() / 2 / error.sum())
     elif kind != "K":
         raise InputError(f"no objective '{kind}': choose K, focused, simple or mean")
     if q.discretised:                  # the decoder is one step of T, and has most of the gradient's noise
@@ -1349,7 +1341,7 @@ class IdealNetwork:
 class Alone:
     """One process. Ranks has the same for several."""
 
-    rank, size = 0, 1
+    rank, size, here = 0, 1, 1
 
     def sum(self, a):
         """The sum of the arrays a of all ranks."""
@@ -1364,6 +1356,7 @@ class Ranks:
         self.xp = xp
         self.comm = MPI.COMM_WORLD
         self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
+        self.here = self.comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size()  # ranks on this machine
 
     def sum(self, a):
         total = np.empty(a.shape, a.dtype)
@@ -1392,7 +1385,7 @@ class DPM:
         self.theta = fresh if theta is None else theta
         if self.theta.shape != fresh.shape:
             raise ValueError(f"{self.theta.size} weights, where this network has {fresh.size}")
-        self.threads = (threads or CORES) if self.xp is np else 1
+        self.threads = (threads or max(1, CORES // self.comm.here)) if self.xp is np else 1
         self.pool = ThreadPoolExecutor(self.threads)
         self.grads = [self.xp.zeros_like(self.theta) for _ in range(self.threads)]
         self.weights = views(self.layers, self.theta)
@@ -1479,7 +1472,7 @@ class DPM:
         q, t_x = self.diffusion, self.xp.full(len(x), t)
         if t > 1:
             return q.p_back(x, t_x, self.forward(x, t_x), eta)
-        p = q.p_x0(x, t_x, self.forward(x, t_x)) if q.discretised else q.q_step(x, t_x)
+        p = q.p_last(x, self.forward(x, t_x)) if q.discretised else q.q_step(x, t_x)
         return p if eta == 1 else type(p)(self.xp, p.mean, eta ** 2 * p.variance)
 
     # The bound
@@ -1497,7 +1490,7 @@ class DPM:
 
         draws   how many of the T - 1 KLs to draw for each example, spread over all t and all examples;
                 None computes every one
-        rng     a generator of NumPy; the result is the same to within rounding for every batch
+        rng     a generator of NumPy; blocks of `batch` examples have their own, and go to the ranks
 
         Returns a dict of nats: K, K_se (standard error of the mean over the examples), L_null,
         K_minus_L_null and its _se, kl (T + 1,), entry t the part of step t (entry 1 is L_0 of a decoder),
@@ -1513,7 +1506,9 @@ class DPM:
         times = np.where(np.arange(T + 1) > 1, (T - 1) / draws, 1.0)
         kl, each, count = np.zeros(T + 1), np.zeros(n), np.bincount(t.ravel(), minlength=T + 1)
         seen = dict(entropy=np.zeros(T + 1), distortion=np.zeros(T + 1))
-        for i in progress(range(0, n, batch)):
+        blocks = range(0, n, batch)
+        dealt = list(zip(blocks, rng.spawn(len(blocks))))[self.comm.rank::self.comm.size]
+        for i, rng in progress(dealt):
             x = xp.asarray(x0[i:i + batch])
             for row in t[:, i:i + batch]:
                 t_x = xp.asarray(row)
@@ -1526,6 +1521,8 @@ class DPM:
                 late = xp.maximum(t_x, 2)
                 for name, values in dict(distortion=square, entropy=q.p_back(xt, late, z).entropy()).items():
                     seen[name] += np.bincount(row, to_host(values), T + 1)
+        kl, each = self.comm.sum(kl), self.comm.sum(each)
+        seen = {name: self.comm.sum(values) for name, values in seen.items()}
         x0 = xp.asarray(x0)
         H_q_T, H_q_1, H_p_T, null = (to_host(a) for a in (q.H_q(T, x0), q.H_q(1, x0), q.H_p(x0), q.log_null(x0)))
         parts, signs = dict(H_q_T=H_q_T, H_q_1=H_q_1, H_p_T=H_p_T), (1, -1, -1)
@@ -2070,8 +2067,8 @@ def build(diffusion, shape, network, sizes, predict="v", learned=False, **option
     if network not in NETWORKS:
         raise InputError(f"no network '{network}': choose {', '.join(NETWORKS)}")
     if network == "paper":
-        level = to_host(diffusion.level)
-        sizes = dict(sizes, pixels=H * W, first=float(level[1]), last=float(level[-1]))
+        first, last = (float(diffusion.level[t]) for t in (1, -1))  # a learned schedule ends below 10
+        sizes = dict(sizes, pixels=H * W, first=first, last=10.0 if learned else last)
     if predict == "paper" and (diffusion.discretised or getattr(diffusion, "variance", "learned") != "learned"):
         raise InputError("the paper's kernel has its own variance (eq. 64) and no decoder")
     if predict == "eps" and float(diffusion.alpha_bar[-1]) == 0:
@@ -2102,6 +2099,9 @@ def resume(path, xp=np, comm=None, **options):
 
 def _read(path, xp, weights, threads, comm):
     try:
+        with open(path, "rb") as file:
+            if file.read(2) != b"PK":
+                raise ValueError("not an .npz file")
         with np.load(path, allow_pickle=False) as file:
             content = {name: file[name] for name in file.files}
         if int(content["format"]) != FORMAT:
@@ -2145,7 +2145,6 @@ def _read(path, xp, weights, threads, comm):
         raise InputError(f"{path}: no such checkpoint") from None
     except InputError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, IndexError, MemoryError,
-            OverflowError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # of damaged files readers raise almost anything
         raise InputError(f"{path}: not a checkpoint, or a damaged one ({first_line(error)})") from None
     return model, content

@@ -1,13 +1,14 @@
 """Sample from a trained model, or complete and denoise with it.
 
-  python sample.py                               # the newest run, else the shipped MNIST model
+  python sample.py                # the newest run, else the shipped MNIST model
   python sample.py --checkpoint runs/swissroll --trajectory --gif
-  python sample.py --inpaint                     # the left half of test images is missing
-  python sample.py --inpaint center --hole 100 --input photo.png     # any size of picture
-  python sample.py --denoise 1                   # test images under noise as strong as the data
+  python sample.py --inpaint      # the left half of test images is missing
+  python sample.py --denoise 1    # test images under noise as strong as the data
+  python sample.py --inpaint center --hole 100 --input photo.png   # of any size
 
-Writes NAME.png and NAME.npz, the arrays behind it in the data's units: samples, and for posterior
-samples truth, given, unknown; for images nearest, the training images nearest to them.
+Writes NAME.png and NAME.npz, the arrays behind it in the data's units: samples,
+and for posterior samples truth, given, unknown; for images also nearest, the
+training images nearest to them.
 """
 import dpm  # first: it keeps BLAS to one thread, before numpy starts it
 
@@ -39,9 +40,10 @@ PARTS = "left", "right", "top", "bottom", "center"
 # -------------------------------------------------------------------------------------------------
 
 def arguments():
-    p = argparse.ArgumentParser(
+    p = train.Parser(
         description=__doc__, usage="python sample.py [flags]", add_help=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 24))
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=22))
     g = p.add_argument_group("what to draw")
     g.add_argument("--checkpoint", metavar="PATH", help="a checkpoint, or the directory of a run")
     g.add_argument("--number", metavar="N", type=int, help="how many samples, or test examples")
@@ -85,6 +87,8 @@ def check(args):
         value = getattr(args, name)
         if value is not None and value < least:
             raise dpm.InputError(f"--{name} must be {least} or more, not {value}")
+    if args.out is not None and not args.out.strip():
+        raise dpm.InputError("--out: give a name, such as runs/samples, or omit the flag")
     if args.mode == "denoise" and not SIGMA[0] <= args.denoise <= SIGMA[1]:
         raise dpm.InputError(f"--denoise takes a standard deviation from {SIGMA[0]:g} to "
                              f"{SIGMA[1]:g}, not {args.denoise:g}")
@@ -92,6 +96,8 @@ def check(args):
         raise dpm.InputError("--hole goes with --inpaint center")
     if args.mode == "samples" and (args.input or args.particles or args.r_schedule):
         raise dpm.InputError("--input, --particles and --r-schedule go with --inpaint or --denoise")
+    if args.eta is not None and not 0 <= args.eta <= 1:
+        raise dpm.InputError(f"--eta lies between 0 and 1, not at {args.eta}")
     if args.mode != "samples" and args.eta is not None:
         raise dpm.InputError("--eta is for free samples: omit it with --inpaint and --denoise")
 
@@ -105,17 +111,15 @@ def files(args):
     ends = [".png", ".npz"] + ["-trajectory.png"] * args.trajectory + [".gif"] * args.gif
     paths = {end: out.with_name(out.name + end) for end in ends}
     for path in paths.values():
-        train.writable(path)
         if path.is_dir():
             raise dpm.InputError(f"--out: {path} is a directory; give another name")
+        if train.mpi_rank() == 0:
+            train.writable(path)
     return paths
 
 
 def find_checkpoint(given):
-    if given:
-        return train.checkpoint_in(given)
-    runs = sorted(pathlib.Path("runs").glob("*/checkpoint.npz"), key=lambda p: p.stat().st_mtime)
-    return runs[-1] if runs else SHIPPED
+    return train.checkpoint_in(given) if given is not None else train.newest_run() or SHIPPED
 
 
 def check_memory(model, args, chains):
@@ -278,18 +282,17 @@ def report(model, args, truth, given, unknown, samples):
             return f"{rms:.3f}"
         return f"{rms:.3f}, PSNR {20 * math.log10(255 / max(rms * model.scale, 1e-9)):.1f} dB"
 
-    lines.append(f"root mean square error, {unit}: mean of {draws} samples "
-                 f"{error(samples.mean(1))}; one sample {error(samples[:, 0])}"
-                 + (f"; given {error(given)}" if unknown is None else ""))
-    return lines
+    found = [f"mean of {draws} samples {error(samples.mean(1))}"] if draws > 1 else []
+    found += [f"one sample {error(samples[:, 0])}"]
+    found += [f"given {error(given)}"] if unknown is None else []
+    return [*lines, f"root mean square error, {unit}: {'; '.join(found)}"]
 
 
 def main():
     args = arguments()
     check(args)
-    paths, free, checkpoint = files(args), args.mode == "samples", find_checkpoint(args.checkpoint)
-    ranks = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"} & set(os.environ)
-    model = dpm.load(checkpoint, dpm.backend(args.gpu), comm=dpm.Ranks() if ranks else None)
+    free, checkpoint, xp = args.mode == "samples", find_checkpoint(args.checkpoint), dpm.backend(args.gpu)
+    model = train.load(checkpoint, xp, train.ranks(xp))
     say = print if model.comm.rank == 0 else lambda *_, **__: None
     kind, T, shape, dataset = figures.kind_of(model), model.T, model.shape, None
     try:
@@ -297,6 +300,8 @@ def main():
     except dpm.InputError:
         if not free and not args.input:
             raise                                   # free samples and own pictures do without
+    if args.eta is not None and model.about["binary"]:
+        raise dpm.InputError("--eta is for numbers: bits have no path without noise")
     if args.steps is not None:
         model = model.shortened(args.steps)
     elif S := DEFAULT_FREE_STEPS if free else DEFAULT_STEPS[kind]:
@@ -315,7 +320,9 @@ def main():
     if not free:
         truth = truth if args.input else test_examples(dataset, args)
         given, unknown, r = observed(model, args, truth, draws)
+    paths = files(args)
     samples, kept = draw(sampler(model, args, r), number * draws, args, kind, model.T)
+    train.finite(samples, "samples")
 
     sets, extra = dict(samples=samples.reshape(number, draws, model.D)), {}
     if not free:

@@ -27,6 +27,8 @@ import signal
 import statistics
 import sys
 import time
+import traceback
+import warnings
 
 import numpy as np
 from scipy.special import logsumexp
@@ -48,14 +50,22 @@ BITS = {"vector": dict(steps=12000, batch_size=512, lr=4e-3, timesteps=2000, sch
         "image": dict(steps=16000, batch_size=16, lr=2e-3, timesteps=1000, schedule="cosine")}
 ALWAYS = dict(rate=None, objective="K", variance="learned", predict="v", decoder="dequantised",
               network=None, seed=0, dtype="float32", crop=None, resize=None, flips=False)
-SIZES = {"mlp": dict(width=128, layers=3, scales=(0, 1, 2, 3, 4, 5)),
+SIZES = {"mlp": dict(width=128, layers=3, scales=(0, 1, 2, 3, 4, 5), time=64),
          "unet": dict(widths=(32, 64, 128), blocks=1, head=64, scales=(1, 3, 5)),
          "paper": dict(maps=8, hidden=256, width=64, bumps=10)}
+TOLD = {str: "dataset digest device network schedule objective variance predict decoder",
+        bool: "bytes binary", int: "seed steps batch_size timesteps trained_steps", (int, float): "lr seconds",
+        (int, float, type(None)): "rate crop resize flips"}  # what a checkpoint tells of its run, by type
 FIXED = ("dataset", "batch_size", "lr", "timesteps", "schedule", *ALWAYS)  # for a run's life
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise dpm.InputError(f"{message}; see --help")
+
+
 def arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(usage="python train.py [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", metavar="NAME|PATH", help="swissroll, heartbeat, mnist, deadleaves, "
                    "gravel, or the path of a file or folder (default: swissroll)")
     p.add_argument("--gpu", action=argparse.BooleanOptionalAction, help="compute with CuPy (default: if it works)")
@@ -74,6 +84,7 @@ def arguments():
     g.add_argument("--batch-size", type=int, help=f"examples in a step {show('batch_size')}")
     g.add_argument("--lr", type=float, help=f"peak learning rate of Adam {show('lr')}")
     g.add_argument("--seed", type=int, help="of weights, batches and noise [0]")
+    g.add_argument("--threads", type=int, metavar="N", help="of a process [its part of the cores]")
     g.add_argument("--dtype", choices=["float32", "float64"], help="of the network [float32]")
     g.add_argument("--crop", type=int, metavar="S", help="train on random S x S crops of larger pictures")
     g.add_argument("--resize", type=int, metavar="S", help="resize pictures to S x S")
@@ -122,10 +133,11 @@ def check(args, chosen, dataset):
                     if c[flag] not in (usual, "paper")] + ["schedule"] * learned
     rules = [
         (args.steps and len(args.steps) > 1, "several --steps go with --evaluate; a training has one number of steps"),
-        (not c["steps"] > 0, f"--steps must be positive, not {c['steps']}"),
-        (not c["batch_size"] > 0, f"--batch-size must be positive, not {c['batch_size']}"),
-        (not 0 < c["lr"] < math.inf, f"--lr must be positive, not {c['lr']}"),
+        (not 0 < c["steps"] <= 10 ** 9, f"--steps must be 1 to a billion, not {c['steps']}"),
+        (not 0 < c["batch_size"] <= 10 ** 6, f"--batch-size must be 1 to a million, not {c['batch_size']}"),
+        (not 0 < c["lr"] < math.inf, f"--lr must be a positive number, not {c['lr']}"),
         (not 2 <= c["timesteps"] <= 10 ** 6, f"--timesteps must be 2 to a million, not {c['timesteps']}"),
+        (args.threads is not None and not 1 <= args.threads <= 1024, f"--threads must be 1 to 1024, not {args.threads}"),
         (c["seed"] < 0, f"--seed must not be negative, as {c['seed']} is"),
         (dataset.binary and numbers_only, f"--{(numbers_only or [''])[0]} is for numbers; {name} is made of bits"),
         (not dataset.binary and c["rate"] is not None, f"--rate is for bits; {name} is made of numbers"),
@@ -142,7 +154,7 @@ def check(args, chosen, dataset):
             raise dpm.InputError(message)
 
 
-def new_model(dataset, chosen, xp, comm=None):
+def new_model(dataset, chosen, xp, comm=None, threads=None):
     """beta_1 is the variance of the smallest detail there is to model; a bit, which has none, is forgotten
     once in 1e5, or as often as the paper's schedule says for t = 1."""
     T, kind = chosen["timesteps"], chosen["schedule"]
@@ -158,7 +170,7 @@ def new_model(dataset, chosen, xp, comm=None):
         alpha_bar = dpm.schedule("logsnr" if kind == "learned" else kind, T, detail ** 2)
         q = dpm.Gaussian(alpha_bar, xp, **options)
     return dpm.build(q, dataset.shape, chosen["network"], chosen["sizes"], chosen["predict"], kind == "learned", shift=dataset.shift,
-                     scale=dataset.scale, about=chosen, dtype=chosen["dtype"], seed=chosen["seed"], comm=comm)
+                     scale=dataset.scale, about=chosen, dtype=chosen["dtype"], seed=chosen["seed"], comm=comm, threads=threads)
 
 
 def optimiser_options(chosen):
@@ -172,8 +184,8 @@ def train(model, adam, dataset, out):
     number, steps, seed = about["batch_size"], about["steps"], about["seed"]
     log_every, leads = max(1, steps // 200), model.comm.rank == 0
     tables, mean = dpm.objective(about["objective"], q), xp.full((1, D), dataset.mean)
-    checkpoint, stopped, saved_step, recent = out / "checkpoint.npz", [], 0, []
-    begun, saved_at = time.perf_counter() - about.get("seconds", 0.0), time.perf_counter()
+    checkpoint, stopped, saved_step, recent, norm = out / "checkpoint.npz", [], 0, [], 0.0
+    begun, saved_at = time.perf_counter() - about.get("seconds", 0.0), -math.inf
 
     def save():
         about.update(trained_steps=adam.step, seconds=round(time.perf_counter() - begun, 1),
@@ -188,12 +200,8 @@ def train(model, adam, dataset, out):
                                  f"try a smaller --lr than {about['lr']}")
 
     handlers = {s: signal.signal(s, lambda *_: stopped.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
-    with open(out / "log.csv" if leads else os.devnull, "a", newline="") as file, np.errstate(all="ignore"), \
-            bar(None, "train", total=steps * number, initial=adam.step * number, unit=noun(dataset)[:-1],
-                unit_scale=True, disable=not leads) as shown:
-        log = csv.writer(file)
-        if file.tell() == 0:
-            log.writerow(COLUMNS)
+    with bar(None, "train", total=steps * number, initial=adam.step * number, unit=noun(dataset)[:-1],
+             unit_scale=True) as shown:
         while adam.step < steps and not model.comm.sum(np.array([len(stopped)]))[0]:
             x0 = xp.asarray(dataset.draw(number, dpm.generator(dataset.xp, "batch", seed, adam.step), model.dtype))
             recent.append(model.gradient(x0, seed, adam.step, tables=tables))
@@ -206,21 +214,32 @@ def train(model, adam, dataset, out):
                 t, kl = (dpm.to_host(xp.concatenate(parts)) for parts in zip(*recent))
                 climbed = gain(model.diffusion, mean, D) - kl.mean()
                 quarter = np.clip((t - 2) * 4 // (T - 1), 0, 3)
-                log.writerow([adam.step, f"{time.perf_counter() - begun:.1f}", f"{climbed / LN2:.5g}",
-                              *(f"{-np.sum(kl[quarter == i]) / len(kl) / LN2:.5g}" for i in range(4))])
-                file.flush()
+                row = [adam.step, f"{time.perf_counter() - begun:.1f}", f"{climbed / LN2:.5g}",
+                       *(f"{-np.sum(kl[quarter == i]) / len(kl) / LN2:.5g}" for i in range(4))]
+                if leads:
+                    log(out / "log.csv", row)
                 shown.set_postfix_str(progress_note(model, climbed), refresh=False)
                 recent = []
                 if time.perf_counter() - saved_at > SAVE_EVERY:
                     save()
                     saved_at, saved_step = time.perf_counter(), adam.step
-        check_finite(norm if recent or adam.step == steps else 0.0) if adam.step else None
+    check_finite(norm)
     save()
+    model.comm.sum(np.zeros(1))  # no rank goes on before the checkpoint is there
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if stopped:
-        print(f"stopped at step {adam.step}; go on with: python train.py --resume {out}")
+        if leads:
+            print(f"stopped at step {adam.step}; go on with: python train.py --resume {out}")
         sys.exit(130)
+
+
+def log(path, row):
+    try:
+        with open(path, "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow(row)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; {path} cannot be written") from None
 
 
 def gain(q, mean, D):
@@ -248,17 +267,22 @@ def evaluate(path, gpu, chains=(), parzen=False, comm=None):
     """Every number and picture of a trained model: result.json and pictures beside its checkpoint, a page
     on the terminal."""
     checkpoint = checkpoint_in(path)
-    model = dpm.load(checkpoint, dpm.backend(gpu), comm=comm)
+    model = load(checkpoint, dpm.backend(gpu), comm)
     dataset, about, T, D, q = load_for(model), model.about, model.T, model.D, model.diffusion
+    shorter, leads = [model.shortened(S) for S in chains], model.comm.rank == 0
     out = checkpoint.parent
     if checkpoint.name != "checkpoint.npz":
         out = pathlib.Path("runs") / f"{checkpoint.absolute().parent.name}-{checkpoint.stem}"
-    writable(out / "result.json")
     image, started = model.shape[:2] != (1, 1), time.perf_counter()
+    if parzen and not (image and dataset.bytes and dataset.train is not None):
+        raise dpm.InputError(f"--parzen is for images of bytes, whole and from a file, and {about['dataset']} has none")
+    if leads:
+        writable(out / "result.json")
     # Enough for a standard error of about 0.005 bits/dim; every t is used for as many as every other
     x0 = dataset.held_out(10_000 if image else 16_000)
     draws = min(T - 1, max(10 if image else 40, -(-2 * T // len(x0))))
-    print(f"evaluating {checkpoint} on {device_name(model.xp)}", flush=True)
+    if leads:
+        print(f"evaluating {checkpoint} on {device_name(model.xp)}", flush=True)
 
     def bound(of, x0, desc="bound"):
         return of.bound(x0, dpm.generator(np, "bound"), draws, progress=lambda blocks: bar(blocks, desc, leave=False))
@@ -268,6 +292,7 @@ def evaluate(path, gpu, chains=(), parzen=False, comm=None):
                 f"{name}_bits_se": float(values.std()) / math.sqrt(len(values)) / LN2}
 
     found = bound(model, x0)
+    finite(found["K"], "the bound")
     lower, upper = dpm.entropy_bounds(q, x0)
     result = dict(
         {name: about[name] for name in ("dataset", "network", "objective", "variance", "predict", "decoder", "schedule",
@@ -311,8 +336,8 @@ def evaluate(path, gpu, chains=(), parzen=False, comm=None):
             result |= note(f"estimate_{S}", each) | note(f"L_minus_estimate_{S}", L - each)
     if image:
         result |= sample_measure(model, dataset)
-    for S in chains:
-        short = model.shortened(S)
+    for short in shorter:
+        S = short.T
         row = dict(steps=S, K_bits=bound(short, some, f"bound, {S} steps")["K"] / LN2)
         if image:
             row |= dict(bits_per_dim(row, D, model) if dataset.bytes else {}, **sample_measure(model, dataset, S))
@@ -320,13 +345,21 @@ def evaluate(path, gpu, chains=(), parzen=False, comm=None):
     if parzen:
         result |= parzen_estimate(model, dataset)
     result["evaluation_seconds"] = round(time.perf_counter() - started, 1)
-    if model.comm.rank == 0:
-        table = draw(model, dataset, found, curves, (lower, upper), result, out)
+    if leads:
+        alone = model._with(q)
+        alone.comm = dpm.Alone()  # the other ranks don't draw
+        table = draw(alone, dataset, found, curves, (lower, upper), result, out)
         with dpm.written_whole(out / "result.json") as part:
             part.write_text(json.dumps(result, indent=1))
         print_page(result, table, image, dataset.binary)
         print(f"{out}: result.json, {', '.join(sorted(p.name for p in out.glob('*.png')))}")
     return result
+
+
+def finite(values, name):
+    """InputError if the model has run to infinity, as it does with weights that are of no use."""
+    if not np.isfinite(values).all():
+        raise dpm.InputError(f"{name} of this model: not finite; train it longer, or anew with a smaller --lr")
 
 
 def bits_per_dim(r, D, model):
@@ -336,12 +369,12 @@ def bits_per_dim(r, D, model):
             for end, shift in (("", unit), ("_se", 0.0)) if "K_bits" + end in r}
 
 
-def sample_measure(model, dataset, steps=None, number=1000):
+def sample_measure(model, dataset, steps=50, number=500):
     """How far samples are from test images, and training images as many, see dpm.frechet."""
-    steps = min(steps or 100, model.T)
+    steps = min(steps, model.T)
     samples = model.sample(number, seed=1, steps=steps, progress=lambda ts: bar(ts, f"{number} samples", leave=False))
-    train = dataset.normalise(dpm.to_host(dataset.train)[:5000], dpm.generator(np, "frechet")) \
-        if hasattr(dataset, "train") and isinstance(dataset.train, np.ndarray) else dataset.draw(5000, dpm.generator(np, "frechet"))
+    finite(samples, "samples")
+    train = dataset.draw(5000, dpm.generator(np, "frechet"))
     test = dataset.held_out(number)
     return dict(frechet=dpm.frechet(train, samples), frechet_test=dpm.frechet(train, test), frechet_steps=steps)
 
@@ -531,10 +564,26 @@ class Lines:
 
 
 def bar(iterable, desc, **options):
-    """A progress bar; in a file a line a minute."""
+    """A progress bar; in a file a line a minute. Of several ranks the first has one."""
     if not sys.stderr.isatty():
-        options |= dict(mininterval=60, maxinterval=60, miniters=1, file=Lines(), ncols=100)
-    return tqdm(iterable, desc=desc, dynamic_ncols=sys.stderr.isatty(), **options)
+        options |= dict(delay=60, mininterval=60, maxinterval=60, miniters=1, file=Lines(), ncols=100)
+    return tqdm(iterable, desc=desc, dynamic_ncols=sys.stderr.isatty(), disable=mpi_rank() > 0, **options)
+
+
+def mpi_rank():
+    """Which process of an MPI run this is; 0 where there is only this one."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi.COMM_WORLD.Get_rank() if mpi else 0
+
+
+def ranks(xp):
+    """The processes of an MPI run, or None where there is only this one."""
+    if not {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"} & set(os.environ):  # what mpirun sets
+        return None
+    try:
+        return dpm.Ranks(xp)
+    except ImportError as error:
+        raise dpm.InputError(f"mpirun: several processes need mpi4py: pip install mpi4py ({dpm.first_line(error)})") from None
 
 
 def noun(dataset):
@@ -545,6 +594,26 @@ def checkpoint_in(path):
     """The checkpoint of the run in a directory; a path of anything else is that of a checkpoint itself."""
     path = pathlib.Path(path)
     return path / "checkpoint.npz" if path.is_dir() else path
+
+
+def newest_run():
+    """The checkpoint in runs/ that was written last, or None."""
+    return max(pathlib.Path("runs").glob("*/checkpoint.npz"), key=lambda p: p.stat().st_mtime, default=None)
+
+
+def load(path, xp, comm=None):
+    """The model in a checkpoint of this program."""
+    model = dpm.load(path, xp, comm=comm)
+    check_about(model.about, path)
+    return model
+
+
+def check_about(about, path):
+    """InputError if a checkpoint doesn't say of its run what `train` writes."""
+    for kind, names in TOLD.items():
+        for name in names.split():
+            if name not in about or not isinstance(about[name], kind):
+                raise dpm.InputError(f"{path}: a damaged checkpoint, its {name} is {str(about.get(name)):.50}")
 
 
 def load_for(model):
@@ -564,12 +633,12 @@ def device_name(xp):
 
 
 def writable(path):
-    """InputError or OSError now, and not after the computing, if a file can't be written there."""
+    """OSError now, and not after the computing, if there is no room for a megabyte."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with dpm.written_whole(path.with_name(path.name + ".probe")) as part:
-        part.write_bytes(b"")
-    path.with_name(path.name + ".probe").unlink()
+    with contextlib.suppress(LookupError), dpm.written_whole(path) as part:
+        part.write_bytes(bytes(1 << 20))
+        raise LookupError("enough: nothing is put in its place")
 
 
 @contextlib.contextmanager
@@ -596,22 +665,32 @@ def free_directory(name):
 def start(args, comm):
     """A new run: its model, its optimiser, its data, its directory."""
     xp = dpm.backend(args.gpu)
+    if args.out is not None and not args.out.strip():
+        raise dpm.InputError("--out: give the name of a directory, or omit the flag")
     if args.out and (pathlib.Path(args.out) / "checkpoint.npz").exists():
         raise dpm.InputError(f"--out {args.out} holds another run; choose a new directory, or go on with that run: "
                              f"--resume {args.out}")
     dataset = data.load("swissroll" if args.dataset is None else args.dataset, args.crop, args.resize, bool(args.flips))
     chosen = settings(args, dataset)
     dataset.dequantise = chosen["decoder"] == "dequantised"
-    model = new_model(dataset, chosen, xp, comm)
+    model = new_model(dataset, chosen, xp, comm, args.threads)
     out = pathlib.Path(args.out) if args.out else free_directory(dataset.name)
     return model, dpm.Adam(model.theta, xp, **optimiser_options(chosen)), dataset, out
 
 
 def resume(args, comm):
     """A stopped run, as its last checkpoint has it; of the training flags only --steps may differ."""
-    out = pathlib.Path(args.resume or args.out or free_directory(args.dataset or "swissroll"))
+    newest = newest_run()
+    if not (args.resume or args.out or newest):
+        raise dpm.InputError("--resume: there is no run in runs/; give a run's directory")
+    out = pathlib.Path(args.resume or args.out or newest.parent)
     model, adam = dpm.resume(out / "checkpoint.npz", dpm.backend(args.gpu), comm)
+    check_about(model.about, out / "checkpoint.npz")
     dataset = load_for(model)
+    shares = model.threads * model.comm.size
+    if args.threads and args.threads * model.comm.size != shares and model.xp is np:
+        raise dpm.InputError(f"{out} was started with {shares} shares of a batch, which are threads times ranks, not "
+                             f"{args.threads * model.comm.size}; omit --threads")
     if args.dataset is not None:
         args.dataset = data.load(args.dataset, args.crop, args.resize, bool(args.flips)).name
     for name in FIXED:
@@ -620,7 +699,8 @@ def resume(args, comm):
                                  f"{getattr(args, name)}; omit the flag")
     if args.steps:
         model.about["steps"] = args.steps[0]
-        check(args, model.about, dataset)
+    check(args, model.about, dataset)
+    if args.steps:
         if args.steps[0] < max(1, adam.step):
             raise dpm.InputError(f"{out} has made {adam.step} steps already; --steps {args.steps[0]} would be less")
     for name, value in optimiser_options(model.about).items():
@@ -630,29 +710,29 @@ def resume(args, comm):
 
 def cut_log(path, step):
     """What was logged after the checkpoint will be computed, and logged, again."""
-    if path.exists():
-        head, *rows = path.read_text().splitlines() or [""]
-        kept = [row for row in rows if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= step]
-        with dpm.written_whole(path) as part:
-            part.write_text("".join(line + "\n" for line in [head, *kept] if line))
+    rows = path.read_text().splitlines()[1:] if path.exists() else []
+    kept = [row for row in rows if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= step]
+    with dpm.written_whole(path) as part:
+        part.write_text("\n".join([",".join(COLUMNS), *kept, ""]))
 
 
 def main():
     args = arguments()
-    ranks = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"} & set(os.environ)  # what mpirun sets
-    comm = dpm.Ranks(dpm.backend(args.gpu)) if ranks else None
+    comm = ranks(dpm.backend(args.gpu))
     if args.parzen and not args.evaluate:
         raise dpm.InputError("--parzen goes with --evaluate DIR")
     if args.benchmark:
         return benchmark(args)
     if args.evaluate:
-        given = [name for name in (*FIXED, "out", "resume") if getattr(args, name, None) is not None]
+        given = [name for name in (*FIXED, "out", "resume", "threads", "no_evaluate")
+                 if getattr(args, name, None) not in (None, False)]
         if given:
             raise dpm.InputError(f"--evaluate takes a run as it is; omit --{given[0].replace('_', '-')}")
         results = [evaluate(path, args.gpu, args.steps or (), args.parzen, comm) for path in args.evaluate]
-        return compare(results) if len(results) > 1 else None
+        return compare(results) if len(results) > 1 and mpi_rank() == 0 else None
     model, adam, dataset, out = (start if args.resume is None else resume)(args, comm)
     leads = model.comm.rank == 0
+    model.comm.sum(np.zeros(1))  # all ranks have chosen the same free directory before one makes it
     with locked(out) if leads else contextlib.nullcontext():
         if leads:
             cut_log(out / "log.csv", adam.step)
@@ -670,18 +750,32 @@ def main():
 
 def run(main):
     """The end of a script: what the user got wrong, or the disk, is one line and exit status 2."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    def stop(*_):
+        for number in (signal.SIGINT, signal.SIGTERM):  # once is enough
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's: what isn't finite is said once, by us
+    status, message = 2, None
     try:
-        main()
+        return main()
     except (dpm.InputError, OSError) as error:
-        print(f"error: {data.printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        message = f"error: {data.printable(str(error))}"
     except MemoryError:
-        print("error: not enough memory for this; choose smaller numbers", file=sys.stderr)
-        sys.exit(2)
+        message = "error: not enough memory for this; choose smaller numbers"
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+        status, message = 130, "stopped"
+    except Exception:
+        if "mpi4py.MPI" not in sys.modules:
+            raise
+        status, message = 1, traceback.format_exc()
+    time.sleep(mpi_rank() > 0)  # what all ranks find is said by the first
+    print(message, file=sys.stderr, flush=True)
+    if "mpi4py.MPI" in sys.modules:  # the other ranks would wait for this one for ever
+        sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def kind_of(model):
 # -------------------------------------------------------------------------------------------------
 
 def to_bytes(model, x, shape=None, like=None):
-    """Normalised images (n, D) as uint8 pictures (n, H, W, C), gray where x is NaN, a missing value.
+    """Normalised images (n, D) as uint8 pictures (n, H, W, C), gray where x is NaN, not known.
 
     Bytes lose the fraction that dequantised them, bits become black and white, and other data is
     stretched so that the least value of `like` (of x, if None) is black and the greatest white."""
@@ -47,7 +47,8 @@ def to_bytes(model, x, shape=None, like=None):
 def grid(pictures, columns=8, zoom=3, gap=2):
     """Pictures (n, H, W, 1 or 3) in rows of `columns`, as one picture."""
     n, H, W, C = pictures.shape
-    sheet = np.full((-(-n // columns) * (H + gap) + gap, columns * (W + gap) + gap, C), 128, np.uint8)
+    rows = -(-n // columns)
+    sheet = np.full((rows * (H + gap) + gap, columns * (W + gap) + gap, C), 128, np.uint8)
     for i, picture in enumerate(pictures):
         y, x = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
         sheet[y:y + H, x:x + W] = picture
@@ -73,8 +74,8 @@ def sheet(model, x, columns=8, zoom=None, like=None):
 
 
 def sheet_of(model, sets, extra, most):
-    """One picture of samples, and what is to be seen in it. sets {name: (n, k, D)}: the samples alone,
-    or a row of columns for each of n inputs; extra: more columns; most: so many examples at most."""
+    """One picture of samples, and what is to be seen in it. sets {name: (n, k, D)}: the samples
+    alone, or columns for n inputs; extra: more columns; most: so many examples at most."""
     kind, k = kind_of(model), sets["samples"].shape[1]
     if kind == "points":
         number = f"{len(sets['samples'])} samples"
@@ -87,7 +88,8 @@ def sheet_of(model, sets, extra, most):
     columns = sum(x.shape[1] for x in parts.values())
     rows = np.concatenate([x[:most // columns] for x in parts.values()], 1).reshape(-1, model.D)
     names = dict(given="what is given", samples=f"{k} posterior sample" + "s" * (k > 1))
-    return sheet(model, rows, columns), f"columns {', '.join(names.get(name, name) for name in parts)}"
+    layout = ", ".join(names.get(name, name) for name in parts)
+    return sheet(model, rows, columns), f"columns {layout}"
 
 
 def times(T, number):
@@ -96,8 +98,8 @@ def times(T, number):
 
 
 def strip(model, kept, draws):
-    """How samples came about, from left to right, in ten of the times of kept = {t: x_t (n, D)}: the first
-    eight inputs or samples, of which there are `draws` each."""
+    """How samples came about, from left to right, in ten of the times of kept = {t: x_t (n, D)}: of
+    the first eight inputs, which have `draws` samples each, or of eight samples."""
     ts = times(model.T, 10)
     if kind_of(model) == "points":
         return points_picture(model, {f"t = {t}": kept[t] for t in ts}, 2)
@@ -115,14 +117,14 @@ def frames(model, kept, columns):
 
 
 def points_picture(model, sets, size=4, like=None):
-    """The first two coordinates of vectors, in the data's units, a panel for each named set (..., D).
+    """The first two coordinates of vectors, in the data's units, a panel for each set (..., D).
 
     A point with one coordinate missing (NaN) is the line on which it lies. Up to ten examples have
     a colour each, the same in every panel. Both axes have one scale, and show all of the sets, or
     of `like`, but for points far off. Vectors of one coordinate are drawn as histograms."""
     D, sets = model.D, {name: model.raw(x).reshape(len(x), -1, model.D) for name, x in sets.items()}
-    shown = [x.reshape(-1, D)[:, :2] for x in (sets.values() if like is None else [model.raw(like)])]
-    low, high = _limits(np.concatenate(shown))
+    shown = sets.values() if like is None else [model.raw(like)]
+    low, high = _limits(np.concatenate([x.reshape(-1, D)[:, :2] for x in shown]))
     figure, axes = _axes(1, len(sets), (size * len(sets), size), sharex=True, sharey=True)
     of = f" of {D}" * (D > 2)
     for axis, (name, x) in zip(axes[0], sets.items()):
@@ -149,8 +151,8 @@ def points_picture(model, sets, size=4, like=None):
 
 
 def _limits(x):
-    """The lower and the upper ends of axes for points x (n, d), the same length for each: of all points,
-    but for those that lie further out than half the width of the middle 98 %."""
+    """The lower and the upper ends of axes (d,), all of one length, for points x (n, d): they hold
+    all points but those further out than half the width of the middle 98 %."""
     inner = np.nanquantile(x, (0.01, 0.99), axis=0)
     reach = (inner[1] - inner[0]) / 2
     low = np.maximum(np.nanmin(x, 0), inner[0] - reach)
@@ -176,14 +178,14 @@ def save_picture(picture, path):
 
 def save_figure(figure, path):
     with dpm.written_whole(path) as part:
-        figure.savefig(part, dpi=110, format="png")
+        figure.savefig(part, dpi=110, format="png", bbox_inches="tight")
 
 
 def save_gif(frames, zoom, path, seconds=4.0, limit=3_000_000):
-    """Pictures as an animation of `seconds`, whose last frame stays for two more.
+    """Pictures, `zoom` times as large, as an animation of `seconds`, whose last stays for two more.
 
     Noise hardly compresses. So there are at most 60 frames, and while the file is above `limit`
-    bytes it is made less large, then with fewer frames, at last with fewer colours."""
+    bytes it is made smaller, with fewer frames and fewer colours."""
     smaller = [(z, 60, 64) for z in range(zoom, 1, -1)] + [
         (min(2, zoom), 30, 32), (1, 60, 64), (1, 30, 32), (0.5, 30, 32), (0.5, 15, 16),
         (0.25, 15, 16), (0.1, 10, 8)]
@@ -192,7 +194,8 @@ def save_gif(frames, zoom, path, seconds=4.0, limit=3_000_000):
         made = [zoomed(frames[i], zoom).quantize(colours, dither=Image.Dither.NONE) for i in chosen]
         duration = [round(1000 * seconds / len(made))] * (len(made) - 1) + [2000]
         content = io.BytesIO()
-        made[0].save(content, "GIF", save_all=True, append_images=made[1:], duration=duration, loop=0)
+        made[0].save(content, "GIF", save_all=True, append_images=made[1:], duration=duration,
+                     loop=0)
         if content.tell() <= limit:
             break
     with dpm.written_whole(path) as part:
@@ -243,21 +246,21 @@ def schedule(model, path):
     for name, a in (("before", begun), ("learned", learned)):
         axes[0, 0].plot(np.arange(1, T + 1), (1 - a[1:]) / a[1:], label=name)
         axes[0, 1].plot(np.arange(1, T + 1), 1 - a[1:] / a[:-1], label=name)
-    axes[0, 0].set(xlabel="t", yscale="log", title="noise to signal, (1 - alpha_bar_t) / alpha_bar_t")
+    axes[0, 0].set(xlabel="t", yscale="log", title="(1 - alpha_bar_t) / alpha_bar_t")
     axes[0, 1].set(xlabel="t", yscale="log", title="beta_t")
     axes[0, 0].legend()
     save_figure(figure, path)
 
 
 def rate_distortion(bound, D, scale, path):
-    """How a picture could be sent step by step (DDPM section 4.3), from what DPM.bound returns. Whoever
-    has x_t has paid for the KLs of steps t+1..T, the rate, and sees x_0^(x_t), which is off by the
-    distortion. scale: the data's, which turns normalised units into grey levels 0..255.
+    """How a picture could be sent step by step (DDPM section 4.3), from what DPM.bound returns.
+    Whoever has x_t has paid for the KLs of steps t+1..T, the rate, and sees x_0^(x_t), which is off
+    by the distortion. scale: the data's, which turns normalised units into grey levels 0..255.
 
     Returns ten rows (t, rate in bits/dim, root mean square error), DDPM's Table 4."""
     T = len(bound["kl"]) - 1
     seen = np.flatnonzero(~np.isnan(bound["distortion"]))[::-1]    # t = 1 only with a decoder
-    paid = np.cumsum(np.append(bound["kl"][::-1], 0))[::-1] / LN2 / D    # from step t on
+    paid = np.cumsum(np.append(0, bound["kl"][::-1]))[::-1] / LN2 / D    # for steps t..T
     made, rate, error = T - seen + 1, paid[seen + 1], np.sqrt(bound["distortion"][seen]) * scale
     figure, axes = _axes(1, 3, (11, 3.3))
     names = ("reverse steps made", "rate, bits/dim", "error of predicted x_0, levels of 0..255")
@@ -271,8 +274,8 @@ def rate_distortion(bound, D, scale, path):
 
 
 def against_steps(rows, path):
-    """What a shorter chain costs, from dicts: steps, K_bits, and for images bits_per_dim and frechet,
-    which is the distance of samples, and frechet_test, that of test images."""
+    """What a shorter chain costs, from dicts: steps, K_bits, and for images bits_per_dim and
+    frechet, which is the distance of samples, and frechet_test, that of test images."""
     rows = sorted(rows, key=lambda row: row["steps"])
     steps = [row["steps"] for row in rows]
     panels = dict(bits_per_dim="bits/dim") if "bits_per_dim" in rows[0] else dict(K_bits="K, bits")
@@ -291,8 +294,8 @@ def against_steps(rows, path):
 
 
 def comparison(results, path):
-    """K of several runs, the dicts of their result.json, against T: a panel for each data set, a curve
-    for every way of training."""
+    """K of several runs, the dicts of their result.json, against T: a panel for each data set, a
+    curve for every way of training."""
     names = sorted({r["dataset"] for r in results})
     figure, axes = _axes(1, len(names), (6 * len(names), 4))
     for axis, name in zip(axes[0], names):
@@ -303,7 +306,7 @@ def comparison(results, path):
             T = [r["timesteps"] for r in runs]
             line, = axis.plot(T, [r["K_bits"] for r in runs], "o-", label=f"K, {label}")
             if "K_star_bits" in runs[0]:
-                axis.plot(T, [r["K_star_bits"] for r in runs], ":", marker="_", ms=12, color=line.get_color(),
+                axis.plot(T, [r["K_star_bits"] for r in runs], "_:", ms=12, color=line.get_color(),
                           label="K*, the best there is")
         if "L_true_bits" in here[0]:
             axis.axhline(here[0]["L_true_bits"], color="k", lw=0.8, label="L, the data's own")
@@ -321,21 +324,27 @@ def comparison(results, path):
 
 def forgetting(q, x, path):
     """The chain forgets where it came from: KL[q(x_t | x_0) || pi], the mean over x_0, falls as
-    alpha_bar_t does, whether x_0 is data (n, D), or one point. Of numbers in one or two dimensions, also
-    how the first coordinate is distributed on the way."""
+    alpha_bar_t does, or its square, whether x_0 is data (n, D) or one point. Of numbers in one or
+    two dimensions, also how the first coordinate is distributed on the way."""
     D, gaussian = x.shape[1], isinstance(q, dpm.Gaussian)
     x = q.xp.asarray(x[:1000])
-    points = {"the origin": 0.0, "a point far away": 10.0} if gaussian else {"all zeros": 0.0, "all ones": 1.0}
-    starts = {"data": x} | {name: q.xp.full((len(x) if D <= 2 else 1, D), at) for name, at in points.items()}
+    points = {"all zeros": 0.0, "all ones": 1.0}
+    if gaussian:
+        points = {"the origin": 0.0, "a point far away": 10.0}
+    number = len(x) if D <= 2 else 1
+    starts = {"data": x} | {name: q.xp.full((number, D), at) for name, at in points.items()}
     times = np.unique(np.linspace(1, q.T, 200).round().astype(int))
     small = gaussian and D <= 2
     figure = Figure(figsize=(7, 5.5 if small else 3.8), layout="constrained")
-    above, *below = figure.subfigures(1 + small, 1, height_ratios=[2, 1][:1 + small], squeeze=False)[:, 0]
+    above, *below = figure.subfigures(1 + small, 1, height_ratios=[2, 1][:1 + small],
+                                      squeeze=False)[:, 0]
     axis = above.subplots()
     for name, x0 in starts.items():
-        axis.plot(times, [float(q.from_pi(t, x0).mean()) / LN2 / D for t in times.tolist()], label=f"from {name}")
+        kl = [float(q.from_pi(t, x0).mean()) / LN2 / D for t in times.tolist()]
+        axis.plot(times, kl, label=f"from {name}")
     alpha_bar = dpm.to_host(q.alpha_bar)
     axis.plot(times, alpha_bar[times], "k--", lw=1, label="alpha_bar_t")
+    axis.plot(times, alpha_bar[times] ** 2, "k:", lw=1, label="alpha_bar_t squared")
     axis.set(xlabel="t", ylabel="KL from pi, bits per dimension", yscale="log",
              title="steps of q bring any start to pi")
     axis.legend()
@@ -355,26 +364,31 @@ def forgetting(q, x, path):
 
 
 def figure_1(model, dataset, path, number=2000):
-    """Figure 1 of the paper, for data of two numbers: the data diffusing, the model running backwards,
-    and the drift f_mu(x, t) - x, at three times: the data, a quarter of its variance gone, noise."""
+    """Figure 1 of the paper, for data of two numbers: the data diffusing, the model running
+    backwards, and the drift f_mu(x, t) - x, at three times: the data, a quarter of its variance
+    gone, noise."""
     T, xp, q = model.T, model.xp, model.diffusion
     times = (1, max(2, int(np.abs(dpm.to_host(q.alpha_bar) - 0.75).argmin())), T)
     x0 = xp.asarray(dataset.draw(number, dpm.generator(dataset.xp, "figure")))
-    rng, (samples, kept) = dpm.generator(np, "noise of figure"), model.sample(number, batch=number, keep=times[1:])
+    rng = dpm.generator(np, "noise of figure")
+    samples, kept = model.sample(number, batch=number, keep=times[1:])
     kept[1] = samples
     size = max(3.0, 1.1 * float(abs(x0).max()))
     lines = np.linspace(-size, size, 19)
     places = xp.asarray(np.stack(np.meshgrid(lines, lines), 2).reshape(-1, 2))
     figure, axes = _axes(3, 3, (7.5, 7.8), sharex=True, sharey=True)
     for column, t in enumerate(times):
-        xt = x0 if t == 1 else q.q_jump(x0, xp.full(number, t)).draw(xp.asarray(rng.standard_normal((number, 2))))
+        noise = xp.asarray(rng.standard_normal((number, 2)))
+        xt = x0 if t == 1 else q.q_jump(x0, xp.full(number, t)).draw(noise)
         drift = model.p_back(places, max(t, 2)).mean - places
         axes[0, column].scatter(*dpm.to_host(xt).T, s=1)
         axes[1, column].scatter(*dpm.to_host(kept[t]).T, s=1, color="C1")
-        axes[2, column].quiver(*dpm.to_host(places).T, *dpm.to_host(drift).T, color="C2", angles="xy")
+        axes[2, column].quiver(*dpm.to_host(places).T, *dpm.to_host(drift).T, color="C2",
+                               angles="xy")
         axes[0, column].set_title(f"t = {0 if t == 1 else t}")
         axes[2, column].set_xlabel("first coordinate")
-    for axis, label in zip(axes[:, 0], ("forward, q(x_t)", "reverse, p(x_t)", "drift, f_mu(x, t) - x")):
+    labels = "forward, q(x_t)", "reverse, p(x_t)", "drift, f_mu(x, t) - x"
+    for axis, label in zip(axes[:, 0], labels):
         axis.set(ylabel=f"{label}\nsecond coordinate", xlim=(-size, size), ylim=(-size, size))
     for axis in axes.ravel():
         axis.set_aspect("equal")
@@ -389,24 +403,27 @@ def figure_2(model, path, number=40, times=5):
     kept[0] = samples
     figure, axes = _axes(1, len(chosen), (9, 3.6), sharey=True)
     for axis, t in zip(axes[0], chosen):
-        axis.imshow(dpm.to_host(kept[t]), cmap="gray_r", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axis.imshow(dpm.to_host(kept[t]), cmap="gray_r", vmin=0, vmax=1, aspect="auto",
+                    interpolation="nearest")
         axis.set(title=f"t = {t}", xlabel="bin")
     axes[0, 0].set_ylabel("sequence")
     save_figure(figure, path)
 
 
 def figure_3(model, dataset, path, number=8, steps=100):
-    """Figure 3 of the paper, for images: held-out data, the same under noise of variance 1, denoised (a
-    sample of the posterior, in so many steps), and free samples."""
-    steps, progress = min(steps, model.T), lambda ticks: ticks
+    """Figure 3 of the paper, for images: held-out data, the same under noise of variance 1, the
+    same denoised (a sample of the posterior, in so many steps), and free samples."""
+    steps = min(steps, model.T)
     x = dataset.held_out(number)
     noisy = x + dpm.generator(np, "figure 3").standard_normal(x.shape)
     seen = dpm.Posterior(model, dpm.Observation(noisy, 1.0, model.xp))
     rows = {"data": x, "under noise of\nvariance 1": noisy,
-            "denoised": seen.sample(len(x), steps=steps), "samples": model.sample(len(x), steps=steps)}
+            "denoised": seen.sample(len(x), steps=steps),
+            "samples": model.sample(len(x), steps=steps)}
     figure, axes = _axes(len(rows), 1, (8.5, 4.1))
     for axis, (name, row) in zip(axes[:, 0], rows.items()):
-        axis.imshow(sheet(model, row, len(x), like=x), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.imshow(sheet(model, row, len(x), like=x), cmap="gray", vmin=0, vmax=255,
+                    interpolation="nearest")
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
