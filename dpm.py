@@ -15,17 +15,17 @@ a step forgets bits instead. The log likelihood of the model has a lower bound K
 and of KL divergences, each in closed form (eq. 14). K is what is trained and what is reported.
 
     1  the diffusions           schedule, Normal, Bernoulli, Gaussian, Binomial
-    2  the network language     Tape, layers, the networks mlp, unet and paper, Adam
+    2  the network language     Tape, layers, readouts, the networks mlp, unet, paper, Adam
     3  the model                DPM: the bound K, its gradient, objectives, samples
     4  more theory              entropy bounds, Jarzynski's estimate, the learned schedule
     5  posteriors               p(x_0) r(x_0) for any r, particles
     6  checkpoints              a model and its training in one file
 
-Conventions. t runs 1..T; arrays over t have T + 1 entries and entry 0 is the data without noise,
-alpha_bar[0] = 1. Data is a matrix (n, D) of about mean 0 and average variance 1, or of bits. The
-paper's symbols are the names; the gradient of `name` is `dname`. Everything is in nats. Schedules,
-KLs and entropies are float64, only the network and the noise of its training are float32. `xp` is
-numpy or cupy, and every array of a model lives where its xp says.
+Conventions. t runs 1..T; arrays over t have T + 1 entries, and entry 0 is the data without noise:
+alpha_bar[0] = 1. Data is a matrix (n, D), of mean about 0 and average variance 1, or of bits. The
+paper's symbols are the names, and the gradient of `name` is `dname`. Everything is in nats.
+Schedules, KLs and entropies are float64; only the network and the noise of its training are
+float32. `xp` is numpy or cupy, and every array of a model is an array of its xp.
 """
 import os
 import sys
@@ -34,27 +34,28 @@ import warnings
 if "numpy" in sys.modules and os.environ.get("OPENBLAS_NUM_THREADS") != "1":
     warnings.warn("import dpm before numpy, or set OPENBLAS_NUM_THREADS=1: with BLAS on several "
                   "threads it is several times slower", stacklevel=2)
-for _library in ("OPENBLAS", "MKL", "OMP", "VECLIB_MAXIMUM"):  # our threads run whole slices of a
-    os.environ.setdefault(_library + "_NUM_THREADS", "1")      # batch; BLAS must not split them too
+for _library in ("OPENBLAS", "MKL", "OMP", "VECLIB_MAXIMUM"):   # our threads share out a batch:
+    os.environ.setdefault(_library + "_NUM_THREADS", "1")       # BLAS must not start its own
 
 import contextlib
 import copy
 import ctypes
+import importlib
 import json
 import math
 import pathlib
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 from scipy.special import entr, expit, logit, logsumexp, softmax
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
-if sys.platform == "linux":  # keep freed memory: fresh memory costs a page fault every 4 KiB
-    with contextlib.suppress(OSError, AttributeError):
-        for _option, _value in ((-4, 0), (-1, 2 ** 31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD,
-            ctypes.CDLL(None).mallopt(_option, _value)                 # M_ARENA_MAX of malloc.h
+if sys.platform == "linux":  # keep freed memory: new memory costs a page fault every 4 KiB
+    with contextlib.suppress(OSError, AttributeError):  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD,
+        for _option, _value in ((-4, 0), (-1, 2 ** 31 - 1), (-8, 1)):               # M_ARENA_MAX
+            ctypes.CDLL(None).mallopt(_option, _value)
 
 
 class InputError(ValueError):
@@ -77,8 +78,8 @@ def backend(gpu=None):
         float((cupy.ones((2, 2)) @ cupy.ones((2, 2)) * test).sum())
         return cupy
     except ModuleNotFoundError:
-        problem = 'CuPy is not installed: pip install "cupy-cuda12x[ctk]" (cuda13x for a newer driver)'
-    except Exception as error:  # without a driver or device CuPy raises types of several libraries
+        problem = 'CuPy is not installed: pip install "cupy-cuda12x[ctk]" (cuda13x: newer drivers)'
+    except Exception as error:  # without a driver or device, errors come from several libraries
         problem = f"CuPy finds no usable GPU ({first_line(error)})"
     if gpu:
         raise InputError(f"--gpu: {problem}; or omit --gpu to compute on the CPU")
@@ -86,10 +87,12 @@ def backend(gpu=None):
 
 
 def generator(xp, purpose, *key):
-    """A random generator that depends on the word `purpose` and the integers `key` alone: nothing has
-    to be saved to go on from a step, and draws for different purposes are unrelated."""
+    """A random generator that depends only on the word `purpose` and the integers `key`. So a run
+    can go on from any step without saved state, and draws for two purposes are unrelated."""
     key = (zlib.crc32(purpose.encode()), *key)
-    return np.random.default_rng(key) if xp is np else xp.random.Generator(xp.random.Philox4x3210(key))
+    if xp is np:
+        return np.random.default_rng(key)
+    return xp.random.Generator(xp.random.Philox4x3210(key))
 
 
 def to_host(a):
@@ -99,8 +102,8 @@ def to_host(a):
 
 @contextlib.contextmanager
 def written_whole(path):
-    """A temporary path beside `path` to write to, which becomes `path` at the end: no reader, crash or
-    full disk meets half a file."""
+    """A temporary path beside `path` to write to, which becomes `path` at the end. So nobody ever
+    reads half a file, and a crash or a full disk leaves the old one."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:
@@ -115,9 +118,9 @@ def written_whole(path):
 # ------------------------------------------------------------------------------------------------
 # 1. The diffusions
 # ------------------------------------------------------------------------------------------------
-# A diffusion is fixed; nothing in this chapter is learned. It says what noise does to data (q), how
-# one step of it is undone when x_0 is known, and what a network's numbers mean as a reverse step (p).
-# First the schedule of the noise, then the two kinds of distribution, then the two diffusions.
+# Nothing in this chapter is learned. A diffusion says what noise does to data (q), how one step is
+# undone when x_0 is known, and how the numbers of a network describe a reverse step (p). First
+# comes the schedule of the noise, then two kinds of distribution, then the two diffusions.
 
 def schedule(kind, T, beta_1):
     """alpha_bar_0..T, float64 (T + 1,): alpha_bar_t = prod_{s<=t} (1 - beta_s) is the part of the
@@ -127,10 +130,10 @@ def schedule(kind, T, beta_1):
             paper    beta_t = 1 / (T - t + 1) for t >= 2 (footnote 2, section 2.4.1): every step
                      takes the same part of the signal
             linear   beta_t on the line from 1e-4 to 0.02, times 1000 / T (DDPM)
-            cosine   alpha_bar_t = (1 - beta_1) cos(0.99 pi/2 u), u from 0 at t = 1 to 1 at T: for bits
-    beta_1  the variance of the first step, fixed (section 2.4.1); `linear` has its own. It limits K
-            of continuous data: no model gets above -D/2 ln(2 pi e beta_1).
-    """
+            cosine   alpha_bar_t = (1 - beta_1) cos(0.99 pi/2 u), u from 0 (t = 1) to 1 (t = T)
+    beta_1  the variance of the first step, fixed (section 2.4.1); `linear` has its own. It limits
+            K of continuous data: no model gets above -D/2 ln(2 pi e beta_1).
+    InputError for an unknown kind, T < 2, or beta_1 outside of (0, 1)."""
     if T < 2 or not 0 < beta_1 < 1:
         raise InputError(f"a schedule needs T >= 2 and 0 < beta_1 < 1, not {T} and {beta_1}")
     t = np.arange(2, T + 1)
@@ -149,17 +152,19 @@ def schedule(kind, T, beta_1):
 
 
 class Normal:
-    """N(mean, variance), independent coordinates: mean (n, D), variance of a shape that broadcasts."""
+    """N(mean, variance), independent coordinates: mean (n, D), and a variance that broadcasts to
+    it. A distribution of x offers what this one does; Bernoulli is the other."""
 
     def __init__(self, xp, mean, variance):
         self.xp, self.mean, self.variance = xp, mean, variance
 
     @staticmethod
     def noise(shape, rng, dtype=np.float64):
-        """The randomness of one draw, frozen: eps ~ N(0, I)."""
+        """What is random in a draw: eps ~ N(0, I)."""
         return rng.standard_normal(shape, dtype=dtype)
 
     def draw(self, eps):
+        """The x (n, D) that this noise makes."""
         return self.mean + self.xp.sqrt(self.variance) * eps
 
     def log_density(self, x):
@@ -173,12 +178,11 @@ class Normal:
         return 0.5 * self.xp.log(2 * math.pi * math.e * variance).sum(1)
 
     def times(self, y, variance):
-        """The product with r(x) = exp(-(x - y)^2 / 2 variance), normalised (Table App.1, eq. 22), and
-        log Z (n,), the log of what it integrated to, which eq. 22 drops, but for a constant.
+        """The product with r(x) = exp(-(x - y)^2 / 2 variance), normalised (Table App.1, eq. 22),
+        and log Z (n,): the log of its integral, up to a constant. (Eq. 22 drops Z.)
 
         With the gain g = own / (own + variance): mean (1 - g) mean + g y, variance (1 - g) own.
-        variance = 0 says that a coordinate is known (g = 1), inf that r says nothing of it (g = 0).
-        """
+        A coordinate with variance = 0 is known (g = 1); of one with inf, r says nothing (g = 0)."""
         xp, total = self.xp, self.variance + variance
         g = self.variance / total
         log_Z = xp.where(xp.isinf(variance), 0.0, (self.mean - y) ** 2 / total + xp.log(total))
@@ -186,26 +190,32 @@ class Normal:
         return product, -0.5 * log_Z.sum(1)
 
     def tilted(self, g):
-        """The product with exp(g x), normalised, and log Z (n,): the perturbed kernel for any r with the
-        gradient g of log r (eq. 61), whose mean moves by variance times g."""
-        moved = Normal(self.xp, self.mean + self.variance * g, self.variance)
-        return moved, (g * (self.mean + moved.mean) / 2).sum(1)
+        """The product with exp(g x), normalised, and log Z (n,). With g the gradient of log r, this
+        is the kernel perturbed by any r (eq. 61): its mean moves by variance times g."""
+        product = Normal(self.xp, self.mean + self.variance * g, self.variance)
+        return product, (g * (self.mean + product.mean) / 2).sum(1)
 
     def take(self, rows):
-        """The distributions of these rows."""
-        return Normal(self.xp, self.mean[rows], self.xp.broadcast_to(self.variance, self.mean.shape)[rows])
+        """The distributions of these examples."""
+        variance = self.xp.broadcast_to(self.variance, self.mean.shape)
+        return Normal(self.xp, self.mean[rows], variance[rows])
+
+
+def _times_log(xp, a, b):
+    """a log b, and 0 where a = 0."""
+    return a * xp.log(xp.where(a > 0, b, 1.0))
 
 
 class Bernoulli:
-    """B(one), independent bits: one (n, D), the probability of a one, and zero = 1 - one, which is
-    kept because 1 - one would lose small values to rounding."""
+    """B(one), independent bits: one (n, D) is the probability of a one. zero = 1 - one is given as
+    well, because computing 1 - one would lose small values to rounding."""
 
     def __init__(self, xp, one, zero):
         self.xp, self.one, self.zero, self.mean, self.variance = xp, one, zero, one, one * zero
 
     @staticmethod
     def noise(shape, rng, dtype=np.float64):
-        """The randomness of one draw, frozen: u uniform on [0, 1)."""
+        """What is random in a draw: u uniform on [0, 1)."""
         return rng.random(shape, dtype=dtype)
 
     def draw(self, u):
@@ -217,55 +227,49 @@ class Bernoulli:
             return self.xp.log(x * self.one + (1 - x) * self.zero).sum(1)
 
     def entropy(self):
-        """Nats (n,)."""
+        """-one log one - zero log zero, summed over the bits, nats (n,)."""
         return -(_times_log(self.xp, self.one, self.one)
                  + _times_log(self.xp, self.zero, self.zero)).sum(1)
 
     def times(self, log_r0, log_r1):
-        """The product with r, normalised: one r(1) / (one r(1) + zero r(0)), and log Z (n,), the log of
-        the denominator. (Table App.1 prints x in place of one there.)"""
+        """The product with r, normalised: one r(1) / (one r(1) + zero r(0)), and log Z (n,), the
+        log of the denominator. (Table App.1 prints x in place of one there.)"""
         one, zero = self.one * self.xp.exp(log_r1), self.zero * self.xp.exp(log_r0)
         Z = one + zero
         return Bernoulli(self.xp, one / Z, zero / Z), self.xp.log(Z).sum(1)
 
     def tilted(self, g):
-        """The product with exp(g x), normalised, and log Z (n,): the perturbed kernel for any r with the
-        gradient g of log r, whose log odds move by g."""
+        """The product with exp(g x), normalised, and log Z (n,): the log odds move by g."""
         return self.times(self.xp.zeros(g.shape), g)
 
     def take(self, rows):
-        """The distributions of these rows."""
+        """The distributions of these examples."""
         return Bernoulli(self.xp, self.one[rows], self.zero[rows])
 
 
-def _times_log(xp, a, b):
-    """a log b, and 0 where a = 0."""
-    return a * xp.log(xp.where(a > 0, b, 1.0))
-
-
 class Diffusion:
-    """What a diffusion offers. Gaussian and Binomial give the formulas; the rest of the program knows
-    only this. t is an integer array (n,), one for each example, or an integer where so said.
+    """What a diffusion offers; the rest of the program knows only this. Gaussian and Binomial give
+    the formulas. t is an integer array (n,), one entry for each example, or one integer where so
+    said. z (n, D, outputs) are the numbers that a network gives for x_t, `outputs` a coordinate.
 
-    q_step(x, t)         q(x_t | x_{t-1} = x), the kernel T_pi of eq. 2. Since pi does not change under
-                         a step, it is its own reverse: at t = 1 it is also p(x_0 | x_1), eq. 44
+    q_step(x, t)         q(x_t | x_{t-1} = x), the kernel T_pi of eq. 2. It leaves pi unchanged and
+                         is its own reverse there: at t = 1 it is also p(x_0 | x_1), eq. 44
     q_jump(x0, t)        q(x_t | x_0)
     q_back(x0, xt, t)    q(x_{t-1} | x_t, x_0), t >= 2
-    p_x0(xt, t, z)       p(x_0 | x_t), what the network's z (n, D, outputs) says of x_0
+    p_x0(xt, t, z)       p(x_0 | x_t), what z says of x_0
     p_back(xt, t, z)     p(x_{t-1} | x_t), t >= 2: q_back averaged over p_x0
     kl(x0, xt, t, z)     KL[q_back || p_back], t >= 2, nats (n,), and dz, its derivative
-    dp_x0(xt, t, z, g)   dx and dz of a function that has the gradient g in the mean of p_x0
-    guided(p, t, g)      the g to tilt p_back by, for the gradient g of log r_t at x_t
-    ideal(xt, t, ...)    the z of the best kernel there is, from moments of x_0 given x_t
-    H_q(t, x0)           entropy of q(x_t | x_0), nats (n,), an integer t >= 1
+    dp_x0(xt, t, z, g)   dx and dz of a function whose gradient in the mean of p_x0 is g
+    guided(p, t, g)      the g to tilt p = p_back by, for the gradient g of log r_t at x_t
+    ideal(xt, t, ...)    the z of the best possible kernel, from moments of x_0 given x_t
+    H_q(t, x0)           entropy of q(x_t | x_0), nats (n,), t an integer >= 1
     H_step(t, x0)        entropy of q(x_t | x_{t-1}), given x_0 in the mean, likewise
     H_p(x0)              E[-log pi(x_T) + log pi(x_1) - log pi(x_0) | x_0], nats (n,), see DPM.bound
-    from_pi(t, x0)       KL[q(x_t | x_0) || pi], nats (n,), an integer t >= 1; DDPM's L_T at t = T
+    from_pi(t, x0)       KL[q(x_t | x_0) || pi], nats (n,), t an integer >= 1; DDPM's L_T at t = T
     log_pi, log_null(x)  nats (n,): under pi, and under independent coordinates of the data's mean
+    pi(shape)            the distribution pi
 
-    `outputs` numbers a coordinate are what a network gives. level (T + 1,) is log of noise over signal, and
-    s log of beta_t over beta~_t: all that a network hears of t.
-    """
+    Of t a network is told level, log of noise over signal, and s, log beta_t / beta~_t (T + 1,)."""
 
     discretised = False
 
@@ -275,13 +279,13 @@ class Diffusion:
         self.before = xp.concatenate([xp.ones(1), self.alpha_bar[:-1]])  # alpha_bar_{t-1}
         self.beta = 1 - self.alpha_bar / self.before
         a = xp.clip(self.alpha_bar, 1e-9, 1 - 1e-9)
-        self.level = xp.log((1 - a) / a)
-        self.s = xp.concatenate([xp.zeros(2), xp.log((1 - self.alpha_bar[2:]) / (1 - self.before[2:]))])
+        self.level, self.s = xp.log((1 - a) / a), xp.zeros(self.T + 1)
+        self.s[2:] = xp.log((1 - self.alpha_bar[2:]) / (1 - self.before[2:]))
 
     def shortened(self, S):
-        """The diffusion whose S steps go through S + 1 of these T + 1 times, T and 1 among them: a part
-        of alpha_bar is a schedule again. (The paper's kernel is not made for it: its numbers mean what
-        they mean with the beta they were trained with.) InputError unless 2 <= S <= T."""
+        """The diffusion of S steps through S + 1 of these times, 0, 1 and T among them: a part of
+        alpha_bar is again a schedule. InputError unless 2 <= S <= T. (PaperKernel, in chapter 2,
+        is not made for it: its numbers mean what they mean with the beta of its training.)"""
         if not 2 <= S <= self.T:
             raise InputError(f"{S} steps: a chain of {self.T} can be cut to 2..{self.T} steps")
         times = np.concatenate([[0], np.round(np.linspace(1, self.T, S)).astype(int)])
@@ -291,22 +295,22 @@ class Diffusion:
 class Gaussian(Diffusion):
     """The Gaussian diffusion, left column of Table App.1.
 
-    x_t = cos phi_t x_0 + sin phi_t eps turns from data to noise, with cos^2 phi_t = alpha_bar_t. The
-    network predicts its velocity v* = dx_t / dphi = cos phi eps - sin phi x_0, of unit size at every t,
-    and how far off it is, u = E[(v* - v)^2 | x_t]. So it says x_0 ~ N(cos phi x_t - sin phi v, sin^2
-    phi u), and averaging q(x_{t-1} | x_t, x_0) over this x_0 gives
+    x_t = cos phi_t x_0 + sin phi_t eps turns from data to noise, with cos^2 phi_t = alpha_bar_t.
+    The network predicts its velocity v* = dx_t / dphi = cos phi eps - sin phi x_0, of unit size at
+    every t, and u = E[(v* - v)^2 | x_t], how far off it is. z = (v, u), in float64, says
+
+        x_0 ~ N(cos phi x_t - sin phi v, sin^2 phi u)
+
+    and averaging q(x_{t-1} | x_t, x_0) over it gives, with c_t = beta_t / beta~_t - 1,
 
         f_mu = mu~(x_0 = cos phi x_t - sin phi v)        f_sigma = beta~_t (1 + c_t u)
 
-    with c_t = beta_t / beta~_t - 1. u = 1 is f_sigma = beta_t, right for white data, u = 0 is beta~_t,
-    right for data of one point: the upper and the lower bound of eq. 24, DDPM's two fixed variances.
+    u = 1 is f_sigma = beta_t, right for white data; u = 0 is beta~_t, right for data of one point.
+    These are the upper and the lower bound of eq. 24, and DDPM's two fixed variances.
 
-    So z = (v, u), in float64 for all that follows.
-
-    variance   learned: u is the network's; beta: u = 1; posterior: u = 0
-    half, ends the discretised decoder (see `decode`): half a grey level and the centres of the first
-               and the last, normalised; None without it
-    """
+    variance    learned: u is the network's; beta: u = 1; posterior: u = 0
+    half, ends  of the discretised decoder, see `decode`, normalised: half a grey level, and the
+                centres of the first and the last level; None without it"""
 
     outputs, distribution = 2, Normal
 
@@ -316,13 +320,15 @@ class Gaussian(Diffusion):
         self.variance, self.half, self.ends = variance, half, ends
         self._learned = float(variance == "learned")
         if variance not in ("learned", "beta", "posterior") or (half is None) != (ends is None):
-            raise InputError(f"variance {variance}: choose learned, beta or posterior; half and ends go together")
+            raise InputError(f"variance {variance}: choose learned, beta or posterior; half and "
+                             "ends go together")
         self.discretised = half is not None
         self.cos, self.sin = xp.sqrt(self.alpha_bar), xp.sqrt(1 - self.alpha_bar)
         with np.errstate(divide="ignore", invalid="ignore"):             # q_back begins at t = 2
             self.beta_tilde = self.beta * (1 - self.before) / (1 - self.alpha_bar)
             self.c = (self.before - self.alpha_bar) / (1 - self.before)  # beta_t / beta~_t - 1
             self.from_x0 = xp.sqrt(self.before) * self.beta / (1 - self.alpha_bar)
+            self.from_xt = xp.sqrt(1 - self.beta) * (1 - self.before) / (1 - self.alpha_bar)
 
     @staticmethod
     def _at(t, *tables):
@@ -340,41 +346,39 @@ class Gaussian(Diffusion):
         return Normal(self.xp, cos * x0, sin ** 2)
 
     def q_back(self, x0, xt, t):
-        """N(mu~, beta~_t I), eqs. 6 and 7 of DDPM, with beta~_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t):
+        """N(mu~, beta~_t I), DDPM eqs. 6 and 7:
 
-        mu~ = [ sqrt(alpha_bar_{t-1}) beta_t x_0 + sqrt(1 - beta_t) (1 - alpha_bar_{t-1}) x_t ] / (1 - alpha_bar_t)
-        """
-        from_x0, beta, before, a, beta_tilde = self._at(
-            t, self.from_x0, self.beta, self.before, self.alpha_bar, self.beta_tilde)
-        from_xt = self.xp.sqrt(1 - beta) * (1 - before) / (1 - a)
+        (1 - alpha_bar_t) mu~ = sqrt(alpha_bar_{t-1}) beta_t x_0
+                                + sqrt(1 - beta_t) (1 - alpha_bar_{t-1}) x_t
+        (1 - alpha_bar_t) beta~_t = beta_t (1 - alpha_bar_{t-1})"""
+        from_x0, from_xt, beta_tilde = self._at(t, self.from_x0, self.from_xt, self.beta_tilde)
         return Normal(self.xp, from_x0 * x0 + from_xt * xt, beta_tilde)
 
     def _v_u(self, t, z):
-        """v and u (n, D), with u as `variance` says; at t = 1 the fixed ones are beta~_2, as in DDPM."""
+        """v and u (n, D), u as `variance` says; at t = 1 a fixed variance is beta~_2 (DDPM)."""
         v, u = z[..., 0].astype(np.float64), z[..., 1].astype(np.float64)
         if self.variance != "learned":
-            first = float(self.beta_tilde[2] / self.beta[1])
-            u = self.xp.where(t[:, None] > 1, float(self.variance == "beta"), first) + 0 * v
+            u_1 = float(self.beta_tilde[2] / self.beta[1])
+            u = self.xp.where(t[:, None] > 1, float(self.variance == "beta"), u_1) + 0 * v
         return v, u
 
     def p_x0(self, xt, t, z):
-        """N(cos phi x_t - sin phi v, sin^2 phi u), with the network's own u, and never quite certain."""
+        """N(cos phi x_t - sin phi v, sin^2 phi u), with the network's own u, and never quite
+        certain, so that whatever r knows of x_0 stays possible."""
         cos, sin = self._at(t, self.cos, self.sin)
         v, u = (z[..., i].astype(np.float64) for i in (0, 1))
         return Normal(self.xp, cos * xt - sin * v, sin ** 2 * self.xp.maximum(u, 1e-6))
 
     def dp_x0(self, xt, t, z, g):
-        cos, sin = self._at(t, self.cos, self.sin)
-        dz = self.xp.zeros(z.shape, z.dtype)
+        (cos, sin), dz = self._at(t, self.cos, self.sin), self.xp.zeros(z.shape, z.dtype)
         dz[..., 0] = -sin * g
         return cos * g, dz
 
     def p_back(self, xt, t, z, eta=1.0):
-        """N(f_mu, f_sigma). eta < 1 takes noise away (DDIM eqs. 12 and 16): x_{t-1} then keeps more of the
-        direction eps^ from x_0 to x_t, and eta = 0 is deterministic:
+        """N(f_mu, f_sigma). eta < 1 takes noise away (DDIM, arXiv 2010.02502, eqs. 12 and 16), and
+        eta = 0 all of it. With x_0^ and eps^ predicted, the variance is eta^2 f_sigma and the mean
 
-        mean sqrt(alpha_bar_{t-1}) x_0^ + sqrt(1 - alpha_bar_{t-1} - eta^2 beta~_t) eps^,   variance eta^2 f_sigma
-        """
+            sqrt(alpha_bar_{t-1}) x_0^ + sqrt(1 - alpha_bar_{t-1} - eta^2 beta~_t) eps^"""
         xp = self.xp
         v, u = self._v_u(t, z)
         cos, sin, before, beta_tilde, c = self._at(
@@ -384,20 +388,19 @@ class Gaussian(Diffusion):
         return Normal(xp, xp.sqrt(before) * x0 + along * eps, eta ** 2 * beta_tilde * (1 + c * u))
 
     def guided(self, p, t, g):
-        """x_0 given r has the mean x_0^ + sin^2 phi / cos phi g (Tweedie), and f_mu moves with it; eq. 61
-        has f_sigma g, the same where steps are small. A move of x_0 beyond the data's own deviation, 1,
-        is the network's error, and is cut."""
+        """Given r, the mean of x_0 moves by g sin^2 phi / cos phi (Tweedie's formula), cut to the
+        data's deviation, 1, and f_mu with it. For small steps that is eq. 61, g f_sigma."""
         cos, sin, from_x0 = self._at(t, self.cos, self.sin, self.from_x0)
         return from_x0 * self.xp.clip(sin ** 2 / cos * g, -1, 1) / p.variance
 
     def kl(self, x0, xt, t, z, weights=None):
-        """The KL of a step and dz. Per dimension 1/2 [ log(f_sigma / beta~) + (beta~ + (f_mu - mu~)^2) / f_sigma - 1 ],
-        of which the angle leaves, with g = c u and e = v - v*,
+        """The KL of a step, nats (n,), and dz. Per dimension, with e = v - v* and g = c u,
 
-            1/2 [ log(1 + g) + (c e^2 - g) / (1 + g) ]        dv = c e / (1 + g)    du = c^2 (u - e^2) / 2 (1 + g)^2
+            1/2 [ log(f_sigma / beta~) + (beta~ + (f_mu - mu~)^2) / f_sigma - 1 ]
+            = 1/2 [ log(1 + g) + (c e^2 - g) / (1 + g) ]
+            dv = c e / (1 + g)        du = c^2 (u - e^2) / 2 (1 + g)^2
 
-        weights (T + 1,): v descends weights_t e^2 instead (see objective); u still the KL.
-        """
+        weights (T + 1,): v descends weights_t e^2 instead (see objective); u still the KL."""
         v, u, e, c = self._error(x0, xt, t, z)
         g = c * u
         kl = 0.5 * (self.xp.log1p(g) + (c * e ** 2 - g) / (1 + g)).sum(1)
@@ -416,50 +419,52 @@ class Gaussian(Diffusion):
         return (cos * xt - x0) / sin
 
     def dkl_schedule(self, x0, xt, t, z):
-        """dphi and ds (n,) of the KL for a learned schedule, with eps frozen, but for what goes through x_t and
-        the network: dv* / dphi = -x_t, s = log beta_t / beta~_t, dc/ds = 1 + c, and per dimension
+        """dphi and ds (n,) of the KL, for a learned schedule: eps is held fixed, and what goes
+        through x_t and the network is left out. Per dimension
 
-            dKL/dc = 1/2 (e^2 + g u) / (1 + g)^2
-        """
+            dv* / dphi = -x_t      dc / ds = 1 + c      dKL / dc = 1/2 (e^2 + g u) / (1 + g)^2"""
         _, u, e, c = self._error(x0, xt, t, z)
         g = c * u
         ds = 0.5 * (1 + c) * (e ** 2 + g * u) / (1 + g) ** 2
         return (c * e / (1 + g) * xt).sum(1), ds.sum(1)
 
     def dlogsnr(self, t, dphi, ds, dlevel):
-        """dlogsnr (T + 1,), logsnr_t = log (1 - alpha_bar_t) / alpha_bar_t, from gradients of examples at t (n,).
+        """dlogsnr (T + 1,) from gradients (n,) of examples at t. logsnr is the level:
 
-        logsnr = level = 2 log tan phi                   dphi_t / dlogsnr_t = 1/2 sin phi_t cos phi_t
-        s_t = log sin^2 phi_t - log sin^2 phi_{t-1}      dlog sin^2 phi_t / dlogsnr_t = alpha_bar_t
-        """
+        logsnr_t = 2 log tan phi_t                    dphi_t / dlogsnr_t = 1/2 sin phi_t cos phi_t
+        s_t = log sin^2 phi_t - log sin^2 phi_{t-1}   dlog sin^2 phi_t / dlogsnr_t = alpha_bar_t"""
         xp = self.xp
-        at = (t == xp.arange(self.T + 1)[:, None]).astype(np.float64)  # as a product: one order of sums
-        dphi, ds, dlevel = at @ dphi, at @ ds, at @ dlevel.astype(np.float64)
-        ds[:-1] -= ds[1:]                                              # s_t and s_{t+1} both have phi_t
+        at = (t == xp.arange(self.T + 1)[:, None]).astype(np.float64)
+        dphi, ds, dlevel = at @ dphi, at @ ds, at @ dlevel.astype(np.float64)  # in a fixed order
+        ds[:-1] -= ds[1:]                                  # phi_t is in s_t and in s_{t+1}
         return 0.5 * self.sin * self.cos * dphi + self.alpha_bar * ds + dlevel
 
     def p_last(self, x1, z):
-        """N(mu, sigma^2), what the decoder integrates: x_0 given x_1, with the variance of this diffusion."""
+        """N(mu, sigma^2), p(x_0 | x_1) of the decoder before it is integrated."""
         v, u = self._v_u(self.xp.ones(len(x1), int), z)
-        return Normal(self.xp, self.cos[1] * x1 - self.sin[1] * v, self.sin[1] ** 2 * self.xp.maximum(u, 1e-12))
+        cos, sin = self.cos[1], self.sin[1]
+        return Normal(self.xp, cos * x1 - sin * v, sin ** 2 * self.xp.maximum(u, 1e-12))
 
     def decode(self, x0, x1, z):
-        """-log p(x_0 | x_1) of bytes that were not dequantised (DDPM eq. 13), nats (n,), and dz: p_last,
-        integrated over the grey level of x_0, open at the first and the last.
+        """-log P of bytes x0 that were not dequantised (DDPM eq. 13), nats (n,), and dz. P is
+        p_last, integrated over the grey level of x_0; the first and the last level are open
+        outwards. With a, b = (x_0 -+ half - mu) / sigma
 
-        P = Phi(b) - Phi(a),  a, b = (x_0 -+ half - mu) / sigma      d(-log P)/dmu = (Phi'(b) - Phi'(a)) / (P sigma)
-                                                    d(-log P)/dsigma^2 = (b Phi'(b) - a Phi'(a)) / (2 P sigma^2)
-        """
-        xp, special, p = self.xp, _special(self.xp), self.p_last(x1, z)
+            P = Phi(b) - Phi(a)
+            d(-log P) / dmu = (Phi'(b) - Phi'(a)) / (P sigma)
+            d(-log P) / dsigma^2 = (b Phi'(b) - a Phi'(a)) / (2 P sigma^2)"""
+        xp, p = self.xp, self.p_last(x1, z)
+        special = importlib.import_module("scipy.special" if xp is np else "cupyx.scipy.special")
         sin, sigma = self.sin[1], xp.sqrt(p.variance)
         a, b = (x0 - self.half - p.mean) / sigma, (x0 + self.half - p.mean) / sigma
         a = xp.where(x0 < self.ends[0] + self.half, -1e6, a)
         b = xp.where(x0 > self.ends[1] - self.half, 1e6, b)
-        flip = a + b > 0                                # in the left tail log Phi has all its digits
+        flip = a + b > 0                         # the left tail of log Phi has all its digits
         low, high = xp.where(flip, -b, a), xp.where(flip, -a, b)
         log_high = special.log_ndtr(high)
         log_P = log_high + xp.log(-xp.expm1(special.log_ndtr(low) - log_high))
-        slope_a, slope_b = (xp.exp(-0.5 * y * y - 0.5 * math.log(2 * math.pi) - log_P) for y in (a, b))
+        slope_a, slope_b = (xp.exp(-0.5 * y * y - 0.5 * math.log(2 * math.pi) - log_P)
+                            for y in (a, b))
         dmu = (slope_b - slope_a) / sigma
         dvariance = 0.5 * (b * slope_b - a * slope_a) / sigma ** 2
         return -log_P.sum(1), xp.stack([-sin * dmu, self._learned * sin ** 2 * dvariance], 2)
@@ -470,7 +475,8 @@ class Gaussian(Diffusion):
         return self.xp.stack([(cos * xt - mean) / sin, variance / sin ** 2], 2)
 
     def _H(self, variance, x0):
-        return self.xp.full(len(x0), x0.shape[1] * 0.5 * math.log(2 * math.pi * math.e * variance))
+        H = x0.shape[1] * 0.5 * math.log(2 * math.pi * math.e * variance)
+        return self.xp.full(len(x0), H)
 
     def H_q(self, t, x0):
         """D/2 ln(2 pi e (1 - alpha_bar_t)), whatever x_0 is."""
@@ -481,10 +487,10 @@ class Gaussian(Diffusion):
         return self._H(float(self.beta[t]), x0)
 
     def H_p(self, x0):
-        """1/2 sum [ (alpha_bar_T + 1 - alpha_bar_1) x_0^2 + alpha_bar_1 - alpha_bar_T + ln 2 pi ]: the paper's
-        constant D/2 ln(2 pi e) (eqs. 42-46) where the second moment of the data is 1, a bound for any."""
-        first, last = float(self.alpha_bar[1]), float(self.alpha_bar[-1])
-        return 0.5 * ((last + 1 - first) * x0 ** 2 + first - last + math.log(2 * math.pi)).sum(1)
+        """1/2 sum [ (alpha_bar_T + 1 - alpha_bar_1) x_0^2 + alpha_bar_1 - alpha_bar_T + ln 2 pi ]:
+        the paper's constant D/2 ln(2 pi e) (eqs. 42-46) for data of second moment 1."""
+        a_1, a_T = float(self.alpha_bar[1]), float(self.alpha_bar[-1])
+        return 0.5 * ((a_T + 1 - a_1) * x0 ** 2 + a_1 - a_T + math.log(2 * math.pi)).sum(1)
 
     def dH_p(self, x0):
         """dH_p / dalpha_bar_T, (n,), for a learned schedule."""
@@ -504,23 +510,13 @@ class Gaussian(Diffusion):
         return Normal(self.xp, self.xp.zeros(shape), self.xp.ones(shape))
 
 
-def _special(xp):
-    """scipy.special, or its twin for arrays on a GPU."""
-    if xp is np:
-        import scipy.special as special
-    else:
-        import cupyx.scipy.special as special
-    return special
-
-
 class Binomial(Diffusion):
-    """The binomial diffusion, right column of Table App.1, for zeros and ones: a bit is forgotten with
-    probability beta_t and drawn anew from pi = B(rate). The table has rate 1/2, the paper's experiment
-    the data's mean. mean: of the data, for L_null.
+    """The binomial diffusion, right column of Table App.1, for zeros and ones: a bit is forgotten
+    with probability beta_t and drawn anew from pi = B(rate). rate is 1/2 in the table, the data's
+    mean in the paper's experiment; `mean` is the data's, for log_null.
 
-    The network gives the log odds of x_0 = 1 less those that x_t itself has under x_0 ~ B(rate), one
-    number a bit. p(x_{t-1} | x_t) mixes q_back of x_0 = 1 and x_0 = 0 by this belief.
-    """
+    z, one number a bit, is what the network adds to the log odds of x_0 = 1 that x_t alone gives if
+    x_0 ~ B(rate). p(x_{t-1} | x_t) mixes q_back of x_0 = 1 and of x_0 = 0 by these odds."""
 
     outputs, distribution = 1, Bernoulli
 
@@ -534,7 +530,8 @@ class Binomial(Diffusion):
 
     def _kept(self, x, a):
         """B(a x + rate (1 - a)): x kept with probability a, or else drawn from pi."""
-        return Bernoulli(self.xp, a * x + self.rate * (1 - a), a * (1 - x) + (1 - self.rate) * (1 - a))
+        one, zero = a * x + self.rate * (1 - a), a * (1 - x) + (1 - self.rate) * (1 - a)
+        return Bernoulli(self.xp, one, zero)
 
     def q_step(self, x, t):
         """B(x (1 - beta_t) + rate beta_t), eq. 2 and Table App.1."""
@@ -545,68 +542,74 @@ class Binomial(Diffusion):
         return self._kept(x0, self.alpha_bar[t][:, None])
 
     def q_back(self, x0, xt, t):
-        """Bayes, bit by bit, from q(x_{t-1} | x_0) and q(x_t | x_{t-1})."""
+        """Bayes' rule, bit by bit: q(x_{t-1} | x_0) times q(x_t | x_{t-1}), normalised."""
         prior, ones = self._kept(x0, self.before[t][:, None]), self.xp.ones(xt.shape)
-        log_r = []
-        for x in (0, 1):
-            step = self._kept(x * ones, 1 - self.beta[t][:, None])
-            with np.errstate(divide="ignore"):
-                log_r.append(self.xp.log(xt * step.one + (1 - xt) * step.zero))
+        with np.errstate(divide="ignore"):
+            steps = [self.q_step(x * ones, t) for x in (0, 1)]
+            log_r = [self.xp.log(xt * q.one + (1 - xt) * q.zero) for q in steps]
         top = self.xp.maximum(*log_r)
         return prior.times(log_r[0] - top, log_r[1] - top)[0]
 
     def _log_odds(self, xt, t):
         """Those of x_0 = 1 given x_t, if x_0 ~ B(rate)."""
-        one, zero = (self.q_jump(x * self.xp.ones(xt.shape), t) for x in (1, 0))
-        like = [xt * f.one + (1 - xt) * f.zero for f in (zero, one)]
-        return math.log(self.rate / (1 - self.rate)) + self.xp.log(like[1] / like[0])
+        zero, one = (self.q_jump(x * self.xp.ones(xt.shape), t) for x in (0, 1))
+        like_0, like_1 = (xt * q.one + (1 - xt) * q.zero for q in (zero, one))
+        return math.log(self.rate / (1 - self.rate)) + self.xp.log(like_1 / like_0)
 
     def p_x0(self, xt, t, z):
-        """B(m), m = sigmoid(z + the log odds of x_t alone); never quite certain, so that whatever is known
-        of x_0 stays possible."""
-        l = self.xp.clip(z[..., 0] + self._log_odds(xt, t), -100, 100)
-        return Bernoulli(self.xp, 1 / (1 + self.xp.exp(-l)), 1 / (1 + self.xp.exp(l)))
+        """B(m), m = sigmoid(z + log odds of x_t alone), never quite certain either."""
+        odds = self.xp.clip(z[..., 0] + self._log_odds(xt, t), -100, 100)
+        return Bernoulli(self.xp, 1 / (1 + self.xp.exp(-odds)), 1 / (1 + self.xp.exp(odds)))
 
     def dp_x0(self, xt, t, z, g):
-        """m (1 - m) g is the gradient in the log odds; those of x_t are linear in the bit."""
-        dl, ones = self.p_x0(xt, t, z).variance * g, self.xp.ones(xt.shape)
+        """m (1 - m) g is the gradient in the log odds; those of x_t alone are linear in the bit."""
+        dodds, ones = self.p_x0(xt, t, z).variance * g, self.xp.ones(xt.shape)
         slope = self._log_odds(ones, t) - self._log_odds(0 * ones, t)
-        return dl * slope, dl[..., None].astype(z.dtype)
+        return dodds * slope, dodds[..., None].astype(z.dtype)
 
     def guided(self, p, t, g):
         """g itself, eq. 61."""
         return g
 
-    def _mixed(self, xt, t, z):
-        m, ones = self.p_x0(xt, t, z), self.xp.ones(xt.shape)
-        return m, self.q_back(ones, xt, t), self.q_back(0 * ones, xt, t)
+    def _ends(self, xt, t):
+        """q_1 and q_0, where q_x = q(x_{t-1} | x_t, x_0 = x)."""
+        ones = self.xp.ones(xt.shape)
+        return self.q_back(ones, xt, t), self.q_back(0 * ones, xt, t)
+
+    def _mixture(self, one, zero, q1, q0):
+        """one q_1 + zero q_0."""
+        return Bernoulli(self.xp, one * q1.one + zero * q0.one, one * q1.zero + zero * q0.zero)
 
     def p_back(self, xt, t, z, eta=1.0):
         """B(m q_1 + (1 - m) q_0), q_x = q(x_{t-1} = 1 | x_t, x_0 = x)."""
         if eta != 1:
             raise InputError("a diffusion of bits has no path without noise: --eta is for numbers")
-        m, q1, q0 = self._mixed(xt, t, z)
-        return Bernoulli(self.xp, m.one * q1.one + m.zero * q0.one, m.one * q1.zero + m.zero * q0.zero)
+        m = self.p_x0(xt, t, z)
+        return self._mixture(m.one, m.zero, *self._ends(xt, t))
 
     def kl(self, x0, xt, t, z, weights=None):
-        """Per bit b log(b / f) + (1 - b) log((1 - b) / (1 - f)), b of q_back and f of p_back;
-        df = (f - b) / (f (1 - f)),  f - b = (m - x_0) (q_1 - q_0),  dm/dz = m (1 - m)."""
-        xp = self.xp
-        m, q1, q0 = self._mixed(xt, t, z)
-        kl, f = 0, {}
-        for side in ("one", "zero"):
-            at_1, at_0 = getattr(q1, side), getattr(q0, side)
-            b = x0 * at_1 + (1 - x0) * at_0
-            f[side] = m.one * at_1 + m.zero * at_0
-            kl = kl + _times_log(xp, b, b / xp.where(f[side] > 0, f[side], 1.0))
-        ff = f["one"] * f["zero"]
-        dz = xp.where(ff > 0, (m.one - x0) * (q1.one - q0.one) ** 2 * m.variance / xp.where(ff > 0, ff, 1.0), 0.0)
+        """Per bit, with b of q_back and f of p_back,
+
+            b log(b / f) + (1 - b) log((1 - b) / (1 - f))        df = (f - b) / (f (1 - f))
+            f - b = (m - x_0) (q_1 - q_0)                        dm / dz = m (1 - m)"""
+        xp, m, (q1, q0) = self.xp, self.p_x0(xt, t, z), self._ends(xt, t)
+        b, f = self._mixture(x0, 1 - x0, q1, q0), self._mixture(m.one, m.zero, q1, q0)
+        kl = sum(_times_log(xp, b_x, b_x / xp.where(f_x > 0, f_x, 1.0))
+                 for b_x, f_x in ((b.one, f.one), (b.zero, f.zero)))
+        top = (m.one - x0) * (q1.one - q0.one) ** 2 * m.variance
+        dz = xp.where(f.variance > 0, top / xp.where(f.variance > 0, f.variance, 1.0), 0.0)
         return kl.sum(1), dz[..., None].astype(z.dtype)
 
     def ideal(self, xt, t, mean):
         """From E[x_0 | x_t], (n, D); certain bits have infinite log odds, which p_x0 clips."""
         with np.errstate(divide="ignore"):
-            return (self.xp.log(mean) - self.xp.log(1 - mean) - self._log_odds(xt, t))[..., None]
+            odds = self.xp.log(mean) - self.xp.log(1 - mean)
+            return (odds - self._log_odds(xt, t))[..., None]
+
+    def _H(self, x, a):
+        """The entropy of bits kept with probability a that are 1 with probability x, (n,)."""
+        h = [float(entr(p.one) + entr(p.zero)) for p in (self._kept(0.0, a), self._kept(1.0, a))]
+        return (x * h[1] + (1 - x) * h[0]).sum(1)
 
     def H_q(self, t, x0):
         """Linear in x_0, so that the mean of the data serves for the data."""
@@ -615,23 +618,19 @@ class Binomial(Diffusion):
     def H_step(self, t, x0):
         return self._H(self._kept(x0, float(self.before[t])).one, 1 - float(self.beta[t]))
 
-    def _H(self, x, a):
-        """The entropy of bits kept with probability a that are 1 with probability x, (n,)."""
-        h = [float(entr(f.one) + entr(f.zero)) for f in (self._kept(0.0, a), self._kept(1.0, a))]
-        return (x * h[1] + (1 - x) * h[0]).sum(1)
-
     def H_p(self, x0):
         """Linear in x_0. The paper's constant D h(rate) where the mean of the data is the rate."""
-        last, first = (self._kept(x0, float(self.alpha_bar[t])).one for t in (-1, 1))
-        return -self._log_independent(last - first + x0, self.rate)
+        one_1, one_T = (self._kept(x0, float(self.alpha_bar[t])).one for t in (1, -1))
+        return -self._log_independent(one_T - one_1 + x0, self.rate)
 
     def from_pi(self, t, x0):
         xp, p = self.xp, self._kept(x0, float(self.alpha_bar[t]))
-        return (_times_log(xp, p.one, p.one / self.rate) + _times_log(xp, p.zero, p.zero / (1 - self.rate))).sum(1)
+        return (_times_log(xp, p.one, p.one / self.rate)
+                + _times_log(xp, p.zero, p.zero / (1 - self.rate))).sum(1)
 
     @staticmethod
-    def _log_independent(x, f):
-        return (x * math.log(f) + (1 - x) * math.log(1 - f)).sum(1)
+    def _log_independent(x, rate):
+        return (x * math.log(rate) + (1 - x) * math.log(1 - rate)).sum(1)
 
     def log_pi(self, x):
         return self._log_independent(x, self.rate)
@@ -647,20 +646,19 @@ class Binomial(Diffusion):
 # ------------------------------------------------------------------------------------------------
 # 2. The network language
 # ------------------------------------------------------------------------------------------------
-# A network is a tree of layers. A layer is a forward with its backward under it; it knows the shapes
-# of its weights and nothing else. What a pass needs or leaves behind (weights, gradients, saved
-# arrays) is on a Tape, one for each thread. Arrays are (n, H, W, C): examples, rows, columns,
-# channels; a vector is an image of one pixel. No layer writes into an array that it was given.
+# A network is a tree of layers, and every layer has its backward under its forward. A layer knows
+# the shapes of its weights and nothing else: weights, gradients and saved arrays are on a Tape, one
+# for each thread. Arrays are (n, H, W, C): examples, rows, columns, channels; a vector is an image
+# of one pixel. No layer writes into an array that it was given.
 
 class Tape:
     """What one thread carries through a forward and its backward.
 
-    theta, dtheta   {layer: {name: array}}, the weights, and their gradients, which backward adds to
-    level, s        (n,), what every example's t is to a network, see Diffusion; dlevel, ds: gradients
-    e, de           (n, time), what the network makes of it for all its layers, see Network
-    saved           what forward leaves for backward: the last that was put in comes out first
-    flop            floating-point operations in matrix products so far, for the benchmark
-    """
+    theta, dtheta   {layer: {name: array}}: the weights, and their gradients, to which backward adds
+    level, s        (n,), what is told of each example's t, see Diffusion; dlevel, ds: gradients
+    e, de           (n, time), what the network makes of level for all its layers, see Network
+    saved           a stack: what forward leaves for backward
+    flop            floating-point operations in matrix products so far, for the benchmark"""
 
     def __init__(self, xp, theta, dtheta):
         self.xp, self.theta, self.dtheta, self.saved, self.flop = xp, theta, dtheta, [], 0
@@ -670,81 +668,85 @@ class Tape:
         return a @ b
 
 
-def rows(x):
-    """(n H W, C): every pixel a row."""
+class Layer:
+    """forward(x, tape) gives y; backward(dy, tape), called in reverse order, gives dx and adds to
+    the gradients of the layer's weights. shapes {name: shape}: its weights. They start at random,
+    with variance gain^2 / inputs; with gain = 0, and biases always, at zero."""
+
+    shapes, gain = {}, 1.0
+
+
+def flatten(x):
+    """(n H W, C): every pixel is a row."""
     return x.reshape(-1, x.shape[-1])
 
 
-class Dense:
-    """y = x W + b at every pixel.        dW = x' dy    db = sum dy    dx = dy W'
-
-    Weights start at random with variance gain^2 / inputs; gain = 0 starts a layer at zero."""
+class Dense(Layer):
+    """y = x W + b at every pixel.        dW = x' dy    db = sum dy    dx = dy W'"""
 
     def __init__(self, inputs, outputs, gain=1.0):
         self.shapes, self.gain = dict(W=(inputs, outputs), b=(outputs,)), gain
 
     def forward(self, x, tape):
         tape.saved.append(x)
-        y = tape.product(rows(x), tape.theta[self]["W"])
+        y = tape.product(flatten(x), tape.theta[self]["W"])
         y += tape.theta[self]["b"]
         return y.reshape(*x.shape[:-1], -1)
 
     def backward(self, dy, tape):
         x, d = tape.saved.pop(), tape.dtheta[self]
-        d["W"] += tape.product(rows(x).T, rows(dy))
-        d["b"] += rows(dy).sum(0)
-        return tape.product(rows(dy), tape.theta[self]["W"].T).reshape(x.shape)
+        d["W"] += tape.product(flatten(x).T, flatten(dy))
+        d["b"] += flatten(dy).sum(0)
+        return tape.product(flatten(dy), tape.theta[self]["W"].T).reshape(x.shape)
 
 
-class Conv3x3:
-    """y = sum_k (x moved by k) W_k over the nine pixels around each, zeros beyond the border.
+class Conv3x3(Layer):
+    """y_i = sum_k x_{i+k} W_k: for every pixel i a sum over the nine pixels i + k around it, which
+    are zero beyond the border.
 
-    dW_k = (x moved by k)' dy        dx = sum_k (dy moved by k) W_{8-k}'
+    dW_k = sum_i x_{i+k}' dy_i        dx_i = sum_k dy_{i+k} W_{8-k}'
 
-    since what a pixel hears from its k-th neighbour, that neighbour gets back from its own (8-k)-th.
-    im2col would copy x nine times. Here three columns stand side by side, and three products over
-    rows moved by -1, 0, 1, which are views, do the rest.
-    """
+    since pixel i is the (8-k)-th neighbour of its own k-th neighbour. Copies of all nine would take
+    nine times the memory: here every pixel gets its left and right neighbour beside it, and three
+    products with views of this array, moved by a row up and down, do the rest."""
 
     def __init__(self, inputs, outputs, gain=1.0):
         self.shapes, self.gain = dict(W=(9 * inputs, outputs)), gain
 
     @staticmethod
-    def _moved(x, xp):
-        """x and its left and right neighbours, for the rows moved by -1, 0 and 1: three (n, H W, 3 C)."""
+    def _three_rows(x, xp):
+        """Three (n, H W, 3 C): every pixel's three pixels in the row above, its own, and below."""
         n, H, W, C = x.shape
-        u = xp.empty((n, H + 2, W, 3, C), x.dtype)
-        u[:, 0], u[:, -1], u[:, :, 0, 0], u[:, :, -1, 2] = 0, 0, 0, 0
-        u[:, 1:-1, 1:, 0], u[:, 1:-1, :, 1], u[:, 1:-1, :-1, 2] = x[:, :, :-1], x, x[:, :, 1:]
-        return [u[:, d:d + H].reshape(n, H * W, 3 * C) for d in range(3)]
+        wide = xp.empty((n, H + 2, W, 3, C), x.dtype)
+        wide[:, 0], wide[:, -1], wide[:, :, 0, 0], wide[:, :, -1, 2] = 0, 0, 0, 0
+        left, own, right = wide[:, 1:-1, 1:, 0], wide[:, 1:-1, :, 1], wide[:, 1:-1, :-1, 2]
+        left[...], own[...], right[...] = x[:, :, :-1], x, x[:, :, 1:]
+        return [wide[:, d:d + H].reshape(n, H * W, 3 * C) for d in range(3)]
 
-    def _convolve(self, x, W, tape):
-        three = W.reshape(3, -1, W.shape[-1])
-        moved = self._moved(x, tape.xp)
-        y = tape.product(moved[0], three[0])
-        y += tape.product(moved[1], three[1])
-        y += tape.product(moved[2], three[2])
+    def _convolve(self, x, weights, tape):
+        rows, weights = self._three_rows(x, tape.xp), weights.reshape(3, -1, weights.shape[-1])
+        y = tape.product(rows[0], weights[0])
+        for d in (1, 2):
+            y += tape.product(rows[d], weights[d])
         return y.reshape(*x.shape[:-1], -1)
 
     def forward(self, x, tape):
-        tape.saved.append(x)  # not its neighbourhoods: a third of the memory
+        tape.saved.append(x)  # not its three rows: a third of the memory
         return self._convolve(x, tape.theta[self]["W"], tape)
 
     def backward(self, dy, tape):
-        x, W, dW = tape.saved.pop(), tape.theta[self]["W"], tape.dtheta[self]["W"]
-        flat = dy.reshape(len(dy), -1, dy.shape[-1])
-        for moved, dW_d in zip(self._moved(x, tape.xp), dW.reshape(3, -1, W.shape[-1])):
-            dW_d += tape.product(moved.transpose(0, 2, 1), flat).sum(0)
-        turned = W.reshape(9, -1, W.shape[-1])[::-1].transpose(0, 2, 1).reshape(-1, x.shape[-1])
-        return self._convolve(dy, turned, tape)
+        x, weights, dW = tape.saved.pop(), tape.theta[self]["W"], tape.dtheta[self]["W"]
+        by_pixel = dy.reshape(len(dy), -1, dy.shape[-1])
+        for row, dW_row in zip(self._three_rows(x, tape.xp), dW.reshape(3, -1, dW.shape[-1])):
+            dW_row += tape.product(row.transpose(0, 2, 1), by_pixel).sum(0)
+        turned = weights.reshape(9, -1, dy.shape[-1])[::-1].transpose(0, 2, 1)
+        return self._convolve(dy, turned.reshape(-1, x.shape[-1]), tape)
 
 
-class Time:
-    """y = x + e V + b, the same for all pixels of an example.
+class Time(Layer):
+    """y = x + c, c = e V + b, the same for all pixels of an example.
 
     dc = dy summed over the pixels        dV = e' dc    db = sum dc    de += dc V'    dx = dy"""
-
-    gain = 1.0
 
     def __init__(self, time, width):
         self.shapes = dict(V=(time, width), b=(width,))
@@ -760,10 +762,8 @@ class Time:
         return dy
 
 
-class Rectifier:
+class Rectifier(Layer):
     """y = (x + r) / 2, r = sqrt(x^2 + 1): a max(x, 0) without a corner.        dx = dy y / r"""
-
-    shapes = {}
 
     def forward(self, x, tape):
         r = x * x
@@ -781,21 +781,9 @@ class Rectifier:
         return dx
 
 
-class Identity:
-    """y = x"""
-
-    shapes = {}
-
-    def forward(self, x, tape):
-        return x
-
-    def backward(self, dy, tape):
-        return dy
-
-
 # Layers made of layers
 
-class Sequential:
+class Sequential(Layer):
     """y = f_k(... f_2(f_1(x)))        the gradient goes back in reverse order"""
 
     def __init__(self, *layers):
@@ -812,8 +800,12 @@ class Sequential:
         return dy
 
 
+class Identity(Sequential):
+    """y = x: no layers."""
+
+
 class Residual(Sequential):
-    """y = x + f(x)        dx = dy + f'(dy)"""
+    """y = x + f(x)        dx = dy + f'(dy), f' the backward of f"""
 
     def forward(self, x, tape):
         return x + super().forward(x, tape)
@@ -822,31 +814,26 @@ class Residual(Sequential):
         return dy + super().backward(dy, tape)
 
 
-class Beside:
-    """y = [f_1(x), f_2(x), ...], channels side by side        dx = sum f_i'(part i of dy)
-
-    A skip connection around f is Beside(f, Identity())."""
-
-    def __init__(self, *layers):
-        self.layers = layers
+class Beside(Sequential):
+    """y = [f_1(x), f_2(x), ...], channels side by side        dx = sum f_i'(channels i of dy)"""
 
     def forward(self, x, tape):
-        parts = [layer.forward(x, tape) for layer in self.layers]
-        tape.saved.append(np.cumsum([part.shape[-1] for part in parts])[:-1].tolist())
-        return tape.xp.concatenate(parts, -1)
+        ys = [layer.forward(x, tape) for layer in self.layers]
+        tape.saved.append(np.cumsum([y.shape[-1] for y in ys])[:-1].tolist())
+        return tape.xp.concatenate(ys, -1)
 
     def backward(self, dy, tape):
-        parts = tape.xp.split(dy, tape.saved.pop(), -1)
-        dxs = [layer.backward(part, tape) for layer, part in zip(self.layers[::-1], parts[::-1])]
+        dys = tape.xp.split(dy, tape.saved.pop(), -1)
+        dxs = [layer.backward(d, tape) for layer, d in zip(self.layers[::-1], dys[::-1])]
         return sum(dxs[1:], dxs[0])
 
 
-class Sum(Beside):
+class Sum(Sequential):
     """y = f_1(x) + f_2(x) + ...        dx = sum f_i'(dy)"""
 
     def forward(self, x, tape):
-        parts = [layer.forward(x, tape) for layer in self.layers]
-        return sum(parts[1:], parts[0])
+        ys = [layer.forward(x, tape) for layer in self.layers]
+        return sum(ys[1:], ys[0])
 
     def backward(self, dy, tape):
         dxs = [layer.backward(dy, tape) for layer in self.layers[::-1]]
@@ -854,25 +841,24 @@ class Sum(Beside):
 
 
 class Cells(Sequential):
-    """f on a grid half as fine: 2 x 2 pixels are a cell with four times the channels, and back.
+    """f on a grid half as fine: 2 x 2 pixels become one cell with four times the channels, and back
+    again. An odd side is padded with a line of zeros.
 
-    Cells and pixels hold the same numbers, so each way is the other's backward; an odd side gets a
-    line of zeros.        y = up(f(down(x)))        dx = up(f'(down(dy)))
-    """
+    y = up(f(down(x)))        dx = up(f'(down(dy))), since up and down are each other's backward"""
 
     side = 2
 
     def _down(self, x, xp):
         n, H, W, C = x.shape
-        s, h, w = self.side, -(-H // self.side), -(-W // self.side)
-        if (h * s, w * s) != (H, W):
-            x = xp.pad(x, ((0, 0), (0, h * s - H), (0, w * s - W), (0, 0)))
-        return x.reshape(n, h, s, w, s, C).transpose(0, 1, 3, 2, 4, 5).reshape(n, h, w, s * s * C)
+        k, h, w = self.side, -(-H // self.side), -(-W // self.side)
+        if (h * k, w * k) != (H, W):
+            x = xp.pad(x, ((0, 0), (0, h * k - H), (0, w * k - W), (0, 0)))
+        return x.reshape(n, h, k, w, k, C).transpose(0, 1, 3, 2, 4, 5).reshape(n, h, w, k * k * C)
 
     def _up(self, cells, H, W):
-        (n, h, w, _), s = cells.shape, self.side
-        x = cells.reshape(n, h, w, s, s, -1).transpose(0, 1, 3, 2, 4, 5).reshape(n, h * s, w * s, -1)
-        return x[:, :H, :W]
+        (n, h, w, _), k = cells.shape, self.side
+        x = cells.reshape(n, h, w, k, k, -1).transpose(0, 1, 3, 2, 4, 5)
+        return x.reshape(n, h * k, w * k, -1)[:, :H, :W]
 
     def forward(self, x, tape):
         return self._up(super().forward(self._down(x, tape.xp), tape), *x.shape[1:3])
@@ -882,8 +868,8 @@ class Cells(Sequential):
 
 
 class Pooled(Cells):
-    """f on a grid `side` times as coarse: a cell has the mean of its pixels, a pixel gets what its cell
-    has. Mean and copy are each other's backward but for a factor: (mean)' = copy / side^2."""
+    """f on a grid `side` times as coarse: a cell has the mean of its pixels, a pixel the value of
+    its cell. The backward of this mean is the copy / side^2; of the copy, the mean times side^2."""
 
     def __init__(self, side, *layers):
         super().__init__(*layers)
@@ -894,14 +880,15 @@ class Pooled(Cells):
         return cells.reshape(*cells.shape[:3], self.side ** 2, -1).mean(3)
 
     def _up(self, cells, H, W):
-        return super()._up(cells[:, :, :, None].repeat(self.side ** 2, 3).reshape(*cells.shape[:3], -1), H, W)
+        copies = cells[:, :, :, None].repeat(self.side ** 2, 3)
+        return super()._up(copies.reshape(*cells.shape[:3], -1), H, W)
 
     def backward(self, dy, tape):
         return super().backward(dy * self.side ** 2, tape) / self.side ** 2
 
 
 class Whole(Sequential):
-    """f of the whole picture as one pixel with H W C channels, and back. Its size is then fixed."""
+    """f of the whole picture as one pixel of H W C channels. So H and W are fixed."""
 
     def forward(self, x, tape):
         return super().forward(x.reshape(len(x), 1, 1, -1), tape).reshape(*x.shape[:3], -1)
@@ -912,10 +899,8 @@ class Whole(Sequential):
 
 # Features: what a network is told of each value x besides x itself
 
-class Waves:
+class Waves(Layer):
     """sin and cos of 2^k pi x for k in scales.        dx = sum 2^k pi (cos dsin - sin dcos)"""
-
-    shapes = {}
 
     def __init__(self, scales):
         self.rates = [2.0 ** k * math.pi for k in scales]
@@ -927,8 +912,8 @@ class Waves:
 
     def backward(self, dy, tape):
         (sin, cos), (dsin, dcos) = tape.saved.pop(), tape.xp.split(dy, 2, -1)
-        dz = tape.xp.split(cos * dsin - sin * dcos, len(self.rates), -1)
-        return sum(rate * part for rate, part in zip(self.rates, dz))
+        dzs = tape.xp.split(cos * dsin - sin * dcos, len(self.rates), -1)
+        return sum(rate * dz for rate, dz in zip(self.rates, dzs))
 
 
 def angle(tape):
@@ -937,15 +922,11 @@ def angle(tape):
     return 1 / tape.xp.sqrt(1 + tape.xp.exp(level)), 1 / tape.xp.sqrt(1 + tape.xp.exp(-level))
 
 
-class Edges:
-    """The distance of x from every c in edges, values where the density of the data jumps, in deviations
-    of the noise: softsign(z / s) for s = 1 and 4, z = (x - cos phi c) / sin phi. It says at each noise
-    level what is near.
+class Edges(Layer):
+    """How far x is from every c in edges, the values where the density of the data jumps, compared
+    with the noise: z / (k + |z|) for k = 1 and 4, with z = (x - cos phi c) / sin phi.
 
-    dx = dz / sin phi        dphi = dz (c - cos phi x) / sin^2 phi        dlevel = 1/2 sin phi cos phi dphi
-    """
-
-    shapes = {}
+    dx = dz / sin        dphi = dz (c - cos x) / sin^2        dlevel = 1/2 sin cos dphi"""
 
     def __init__(self, edges):
         self.edges = edges
@@ -953,7 +934,7 @@ class Edges:
     def forward(self, x, tape):
         cos, sin = angle(tape)
         z = tape.xp.concatenate([(x - cos * c) / sin for c in self.edges], -1)
-        y = tape.xp.concatenate([z / (s + abs(z)) for s in (1, 4)], -1)
+        y = tape.xp.concatenate([z / (k + abs(z)) for k in (1, 4)], -1)
         tape.saved.append((x, y))
         return y
 
@@ -966,17 +947,17 @@ class Edges:
         return sum(dzs[1:], dzs[0]) / sin
 
 
-class Bumps:
-    """y = sum_j x_j g_j(level), eqs. 62 and 63: x has `number` readouts of `outputs` channels, g_j are
-    Gaussians of the noise level, evenly spaced between `first` and `last`, half their distance wide,
-    as shares of their sum.        dx_j = dy g_j        dg_j/dlevel = g_j (a_j - sum_i g_i a_i), a_j = (c_j - level) / w^2
-    (The paper has bumps in t; for the schedule logsnr that is the same.)
-    """
+class Bumps(Layer):
+    """y = sum_j x_j g_j(level), eqs. 62 and 63: the channels of x are `number` readouts x_j, mixed
+    by Gaussian bumps g_j of the noise level, which sum to 1. Their centres c_j are evenly spaced
+    between `lowest` and `highest`, their width w is half of the spacing. (The paper has bumps in t,
+    which is the same for the schedule logsnr.)
 
-    shapes = {}
+    dx_j = dy g_j        dg_j / dlevel = g_j (a_j - sum_i g_i a_i),  a_j = (c_j - level) / w^2"""
 
-    def __init__(self, number, first, last):
-        self.centres, self.width = np.linspace(first, last, number), (last - first) / (number - 1) / 2
+    def __init__(self, number, lowest, highest):
+        self.centres = np.linspace(lowest, highest, number)
+        self.width = (highest - lowest) / (number - 1) / 2
 
     def _g(self, tape):
         centres = tape.xp.asarray(self.centres.astype(tape.level.dtype))
@@ -997,11 +978,11 @@ class Bumps:
         return (dy[:, :, :, None] * g[:, None, None, :, None]).reshape(*dy.shape[:3], -1)
 
 
-# Readouts: what the last numbers z of a network mean. forward(z, x, tape) gives what the diffusion wants,
-# backward(dy, tape) gives dz, and what x takes from it directly
+# Readouts: from what a network prints, z, to what the diffusion needs, y. forward(z, x, tape) gives
+# y; backward(dy, tape) gives dz, and the dx of what y takes from x directly
 
 class LogOdds:
-    """Bits: z as it is."""
+    """Bits: y = z."""
 
     def forward(self, z, x, tape):
         return z
@@ -1011,7 +992,7 @@ class LogOdds:
 
 
 class Velocity:
-    """Numbers: z = (v, log u) for every channel, y = (v, u).        dv = dv    dlog u = u du"""
+    """Numbers: z = (v, log u) for every channel, y = (v, u).        dlog u = u du"""
 
     def forward(self, z, x, tape):
         y = z.copy()
@@ -1026,10 +1007,9 @@ class Velocity:
 
 
 class Epsilon(Velocity):
-    """The same with eps^ for v, as in DDPM: v = (eps^ - sin phi x) / cos phi.
+    """The same with eps^ in place of v, as in DDPM: v = (eps^ - sin phi x) / cos phi.
 
-    deps = dv / cos        dx = -tan dv        dphi = (tan v - x) dv        dlevel = 1/2 sin cos dphi
-    """
+    deps = dv / cos     dx = -tan dv     dphi = (tan v - x) dv     dlevel = 1/2 sin cos dphi"""
 
     def forward(self, z, x, tape):
         cos, sin = angle(tape)
@@ -1050,14 +1030,13 @@ class Epsilon(Velocity):
 class PaperKernel:
     """The paper's own, eqs. 64 and 65, with z = (z_mu, z_sigma):
 
-    f_sigma = sigmoid(z_sigma + logit beta)        f_mu = (x - z_mu) (1 - f_sigma) + z_mu
+        f_sigma = sigmoid(z_sigma + logit beta)        f_mu = (x - z_mu) (1 - f_sigma) + z_mu
 
-    With rho = f_sigma / beta, k = sqrt((1 - alpha_bar_t) / alpha_bar_{t-1}) and c = e^s - 1 this is
-    v = k (rho (x - z_mu) - x / (1 + sqrt(1 - beta)))        u = (rho e^s - 1) / c
+    With rho = f_sigma / beta, A = alpha_bar_{t-1} = 1 - sin^2 phi e^-s, beta = 1 - cos^2 phi / A,
+    k = sin phi / sqrt(A) and c = e^s - 1, so that the schedule comes in by phi and s alone, this is
 
-    drho = rho (1 - beta rho) dz_sigma - rho^2 (1 - e^-z_sigma) dbeta. The schedule comes in by phi and s:
-    A = alpha_bar_{t-1} = 1 - sin^2 e^-s,    beta = 1 - cos^2 / A,    k = sin / sqrt(A)
-    """
+        v = k (rho (x - z_mu) - x / (1 + sqrt(1 - beta)))        u = (rho e^s - 1) / c
+        drho = rho (1 - beta rho) dz_sigma - rho^2 (1 - e^-z_sigma) dbeta"""
 
     def _terms(self, z, tape):
         xp, (cos, sin), s = tape.xp, angle(tape), tape.s[:, None, None, None]
@@ -1093,10 +1072,9 @@ class PaperKernel:
 
 # Networks
 
-class Phases:
-    """sin and cos of the noise level at 32 frequencies.        dlevel = sum frequency (cos dsin - sin dcos)"""
+class Phases(Layer):
+    """sin and cos of the noise level at 32 frequencies. dx, here dlevel, is that of Waves."""
 
-    shapes = {}
     frequencies = np.exp(np.linspace(0, 5, 32)) / 40
 
     def forward(self, x, tape):
@@ -1111,10 +1089,10 @@ class Phases:
 
 
 class Network:
-    """y = readout(body(x)) where every layer of the body hears e = time(level).
+    """y = readout(body(x)), where the Time layers of the body hear e = time(phases of the level).
 
-    A network knows of t only how strong the noise is: it serves any part of the T steps, and a
-    schedule that is learned."""
+    Of t it knows only how strong the noise is (and s, with PaperKernel). So it serves any part of
+    the T steps, and a schedule that is learned."""
 
     def __init__(self, body, readout, *time):
         self.body, self.readout, self.time = body, readout, Sequential(Phases(), *time)
@@ -1125,49 +1103,50 @@ class Network:
         while tree:
             layer = tree.pop()
             tree.extend(reversed(getattr(layer, "layers", ())))
-            if getattr(layer, "shapes", None):
+            if layer.shapes:
                 found.append(layer)
         return found
 
     def forward(self, x, level, s, tape):
-        """y (n, H, W, C outputs) for x (n, H, W, C) and level and s (n,)."""
+        """y (n, H, W, C outputs) for x (n, H, W, C), and level and s (n,)."""
         tape.saved.clear()
         tape.level, tape.s = level.astype(x.dtype), s.astype(x.dtype)
         tape.e = self.time.forward(tape.level[:, None, None, None], tape).reshape(len(x), -1)
         return self.readout.forward(self.body.forward(x, tape), x, tape)
 
     def backward(self, dy, tape):
-        """dx of the last forward; its dlevel and ds are on the tape. Adds to the weights' gradients."""
-        tape.de, tape.dlevel, tape.ds = (tape.xp.zeros_like(a) for a in (tape.e, tape.level, tape.s))
+        """dx of the last forward; dlevel and ds are on the tape. Adds to the weights' gradients."""
+        tape.de, tape.dlevel, tape.ds = map(tape.xp.zeros_like, (tape.e, tape.level, tape.s))
         dz, dx = self.readout.backward(dy, tape)
         dx = dx + self.body.backward(dz, tape)
         tape.dlevel += self.time.backward(tape.de[:, None, None], tape).reshape(-1)
         return dx
 
 
-def hears(time):
-    """The layers that make e (n, time) of the phases."""
+def time_layers(time):
+    """The layers that make e (n, time) of the 64 phases."""
     return Dense(64, time), Rectifier(), Dense(time, time), Rectifier()
 
 
 def features(channels, scales, edges):
-    """The layer that puts x, its waves and its distances from edges side by side, and their number."""
-    parts = [Identity(), *([Waves(scales)] if scales else []), *([Edges(edges)] if edges else [])]
-    return Beside(*parts), channels * (1 + 2 * len(scales) + 2 * len(edges))
+    """A layer with x, its waves and its distances from edges side by side; and its channels."""
+    layers = [Identity(), *([Waves(scales)] if scales else []), *([Edges(edges)] if edges else [])]
+    return Beside(*layers), channels * (1 + 2 * len(scales) + 2 * len(edges))
 
 
 def mlp(channels, readout, outputs, width=128, layers=3, scales=(), edges=(), time=64):
-    """Dense residual layers over the coordinates of a vector."""
-    first, inputs = features(channels, scales, edges)
-    hidden = [Residual(Dense(width, width), Time(time, width), Rectifier()) for _ in range(layers - 1)]
-    return Network(Sequential(
-        first, Dense(inputs, width), Time(time, width), Rectifier(), *hidden,
-        Dense(width, outputs * channels, gain=0)), readout, *hears(time))
+    """For vectors: dense residual layers over all coordinates."""
+    told, inputs = features(channels, scales, edges)
+    deep = [Residual(Dense(width, width), Time(time, width), Rectifier()) for _ in range(1, layers)]
+    body = Sequential(told, Dense(inputs, width), Time(time, width), Rectifier(), *deep,
+                      Dense(width, outputs * channels, gain=0))
+    return Network(body, readout, *time_layers(time))
 
 
-def unet(channels, readout, outputs, widths=(32, 64, 128), blocks=1, head=64, scales=(), edges=(), time=128):
-    """Residual blocks on the grid of pixels and, between them, the same on a grid half as fine, down to
-    the last of `widths`; then a small network at every pixel that sees the features again."""
+def unet(channels, readout, outputs, widths=(32, 64, 128), blocks=1, head=64, scales=(), edges=(),
+         time=128):
+    """For images: residual blocks on the grid of pixels and, between them, the same on a grid half
+    as fine, and so on through `widths`; then a small network at every pixel, the head."""
 
     def block(width):
         return Residual(Rectifier(), Conv3x3(width, width), Time(time, width),
@@ -1177,29 +1156,33 @@ def unet(channels, readout, outputs, widths=(32, 64, 128), blocks=1, head=64, sc
         before, after = ([block(width) for _ in range(blocks)] for _ in range(2))
         if not deeper:
             return [*before, *after]
-        inner = Cells(Dense(4 * width, deeper[0]), *levels(*deeper), Dense(deeper[0], 4 * width, gain=0))
+        inner = Cells(Dense(4 * width, deeper[0]), *levels(*deeper),
+                      Dense(deeper[0], 4 * width, gain=0))
         return [*before, Residual(inner), *after]
 
-    first, inputs = features(channels, scales, edges)
+    told, inputs = features(channels, scales, edges)
     context = Sequential(Conv3x3(inputs, widths[0]), Time(time, widths[0]), *levels(*widths))
-    return Network(Sequential(
-        first, Beside(context, Identity()),
-        Dense(widths[0] + inputs, head), Time(time, head), Rectifier(),
-        Residual(Dense(head, head), Time(time, head), Rectifier()),
-        Dense(head, outputs * channels, gain=0)), readout, *hears(time))
+    body = Sequential(told, Beside(context, Identity()),
+                      Dense(widths[0] + inputs, head), Time(time, head), Rectifier(),
+                      Residual(Dense(head, head), Time(time, head), Rectifier()),
+                      Dense(head, outputs * channels, gain=0))
+    return Network(body, readout, *time_layers(time))
 
 
-def paper(channels, readout, outputs, pixels=1, pools=(1, 2, 4), maps=8, hidden=256, width=64, bumps=10, first=-10.0,
-          last=10.0):
-    """The paper's own (figure D.1, appendix D.2): below, a multi-scale convolution (mean-pool, convolve,
-    upsample, sum) beside a dense path over all pixels; above, the same small network at every pixel,
-    whose readouts are mixed by bumps of the noise level, the only thing here that hears it."""
-    scales = Sum(*[Pooled(side, Conv3x3(channels, maps)) for side in pools]) if pixels > 1 else Dense(channels, maps)
+def paper(channels, readout, outputs, pixels=1, pools=(1, 2, 4), maps=8, hidden=256, width=64,
+          bumps=10, first=-10.0, last=10.0):
+    """The paper's own (figure D.1, appendix D.2): a multi-scale convolution (mean-pool, convolve,
+    upsample, sum) beside a dense path over all pixels; then the same small network at every pixel,
+    whose readouts are mixed by bumps of the noise level, from `first` to `last`."""
+    scales = Dense(channels, maps)
+    if pixels > 1:
+        scales = Sum(*[Pooled(side, Conv3x3(channels, maps)) for side in pools])
     dense = Whole(Dense(pixels * channels, hidden), Rectifier(), Dense(hidden, pixels * maps))
-    return Network(Sequential(
-        Beside(Sequential(scales, Rectifier()), dense, Identity()),
-        Dense(2 * maps + channels, width), Rectifier(), Dense(width, width), Rectifier(),
-        Dense(width, bumps * outputs * channels, gain=0), Bumps(bumps, first, last)), readout)
+    body = Sequential(Beside(Sequential(scales, Rectifier()), dense, Identity()),
+                      Dense(2 * maps + channels, width), Rectifier(),
+                      Dense(width, width), Rectifier(),
+                      Dense(width, bumps * outputs * channels, gain=0), Bumps(bumps, first, last))
+    return Network(body, readout)
 
 
 NETWORKS = dict(mlp=mlp, unet=unet, paper=paper)
@@ -1207,19 +1190,19 @@ READOUTS = dict(v=Velocity, eps=Epsilon, paper=PaperKernel, bits=LogOdds)
 
 
 def views(layers, flat):
-    """{layer: {name: its part of the flat array}}, for the weights or for their gradient."""
-    parts, start = {}, 0
+    """{layer: {name: its part of a flat array}}, for the weights or for their gradient."""
+    found, start = {}, 0
     for layer in layers:
-        parts[layer] = {}
+        found[layer] = {}
         for name, shape in layer.shapes.items():
-            size = math.prod(shape)
-            parts[layer][name] = flat[start:start + size].reshape(shape)
-            start += size
-    return parts
+            stop = start + math.prod(shape)
+            found[layer][name] = flat[start:stop].reshape(shape)
+            start = stop
+    return found
 
 
 def initial_weights(layers, xp, dtype, seed):
-    """One flat array: matrices normal with variance gain^2 / rows, all else zero."""
+    """One flat array: matrices normal with variance gain^2 / inputs, all else zero."""
     flat = np.zeros(sum(math.prod(s) for layer in layers for s in layer.shapes.values()), dtype)
     rng = generator(np, "weights", seed)
     for layer, weights in views(layers, flat).items():
@@ -1230,14 +1213,13 @@ def initial_weights(layers, xp, dtype, seed):
 
 
 class Adam:
-    """Adam (Kingma & Ba 2014) with clipping, warm-up, decay to zero, and a running average of the weights.
+    """Adam (Kingma & Ba 2014), with clipping, warm-up, decay to zero and averaged weights:
 
-    m += (1 - b1) (g - m)     v += (1 - b2) (g^2 - v)     theta -= rate m^ / (sqrt(v^) + 1e-8)
+        m += (1 - b1) (g - m)     v += (1 - b2) (g^2 - v)     theta -= rate m^ / (sqrt(v^) + 1e-8)
 
-    g is the gradient, shortened to norm `clip` where it is longer; rate climbs to lr over `warmup` steps,
-    stays, and falls along a half cosine over the second half of `steps`; `average` reaches back over a
-    tenth of the steps so far, at most 1000. theta is updated in place, in chunks that fit the cache.
-    """
+    g is the gradient, shortened to norm `clip` where it is longer. rate climbs to lr over `warmup`
+    steps, and falls to 0 along half a cosine over the second half of `steps`. average is the mean
+    of theta over about the last tenth of the steps, at most 1000. theta is updated in place."""
 
     b1, b2, clip, chunk = 0.9, 0.99, 1.0, 1 << 15
 
@@ -1274,34 +1256,32 @@ class Adam:
 # ------------------------------------------------------------------------------------------------
 # 3. The model
 # ------------------------------------------------------------------------------------------------
-# A diffusion and a network are a model, DPM. Its lower bound K on the log likelihood is a sum over t,
-# so one t for each example estimates it and its gradient. Sampling runs the network's steps backwards.
+# A diffusion and a network are a model, DPM. Its lower bound K on the log likelihood is a sum over
+# t, so that one t for each example estimates it and its gradient. Sampling runs the steps that the
+# network gives from t = T down to 1.
 
 def objective(kind, q):
-    """What training descends, as tables over t (T + 1,): share, t is drawn in proportion to it; weight, of
-    the loss of a drawn t; and error, the weight of (v - v*)^2, or None for the KL itself.
+    """What training descends, as tables over t (T + 1,): frequency, t is drawn in proportion to it;
+    weight, of the loss of a drawn t; error, the weight of (v - v*)^2 in this loss, or None for the
+    KL itself. InputError for an unknown kind.
 
-    All are one squared error with other weights and have the same minimiser (only u, see Gaussian, is
-    always learned by the KL):
+    K        1/2 c_t / (1 + c_t u), and the terms in u: eq. 14
+    focused  K's, times 1 + 8 exp(-(level_t + 1)^2 / 25), by which t is drawn as well, and over
+             alpha_bar_t: less of the steps below a grey level, whose noise nobody can predict, and
+             more of those that decide what a picture will be (as in Karras et al. 2022)
+    simple   alpha_bar_t, the mean square of eps - eps^: DDPM eq. 14
+    mean     beta_t^2 alpha_bar_{t-1} / (1 - alpha_bar_t), that of mu~ - f_mu: DDPM eq. 8
 
-    K        1/2 c_t / (1 + c_t u), and the terms in u               eq. 14; Sohl-Dickstein et al. 2015
-    focused  K's, divided by alpha_bar_t, which makes it about as much at every t, and t drawn in
-             proportion to 1 + 8 exp(-(level_t + 1)^2 / 25): K alone asks next to nothing of the steps
-             where it is decided what a picture will be, and much of those below a grey level, where
-             the noise can't be known (as in Karras et al. 2022)
-    simple   alpha_bar_t, the mean square of eps - eps^              DDPM eq. 14
-    mean     beta_t^2 alpha_bar_{t-1} / (1 - alpha_bar_t), that of mu~ - f_mu         DDPM eq. 8
-
-    All but K are scaled so that they weigh as much as K in the mean over t.
-    """
+    All are one squared error with other weights, so they have the same minimiser; u (see Gaussian)
+    always descends the KL. All but K are scaled to K's weight in the mean over t."""
     xp = q.xp
     t = xp.arange(q.T + 1)
-    share = xp.where(t > 1, 1.0, 0.0)
-    weight, error = share.copy(), None
-    c = xp.where(t > 1, q.c, 0.0) if isinstance(q, Gaussian) else share
+    frequency = xp.where(t > 1, 1.0, 0.0)
+    weight, error = frequency.copy(), None
+    c = xp.where(t > 1, q.c, 0.0) if isinstance(q, Gaussian) else frequency
     if kind == "focused":
-        share = share * (1 + 8 * xp.exp(-(q.level + 1) ** 2 / 25))
-        weight = share / (q.alpha_bar + 1e-3)
+        frequency = frequency * (1 + 8 * xp.exp(-(q.level + 1) ** 2 / 25))
+        weight = frequency / (q.alpha_bar + 1e-3)
         weight = weight * (c.sum() / (weight * c).sum())
     elif kind in ("simple", "mean"):
         with np.errstate(invalid="ignore"):
@@ -1310,26 +1290,23 @@ def objective(kind, q):
         error = error * (c.sum() / 2 / error.sum())
     elif kind != "K":
         raise InputError(f"no objective '{kind}': choose K, focused, simple or mean")
-    if q.discretised:                  # the decoder is one step of T, and has most of the gradient's noise
-        share, weight = share.copy(), weight.copy()
-        share[1], weight[1] = 0.05 * share.sum(), 1.0
-    return share, weight, error
+    if q.discretised:  # the decoder is one step of T, and has most of the gradient's noise
+        frequency, weight = frequency.copy(), weight.copy()
+        frequency[1], weight[1] = 0.05 * frequency.sum(), 1.0
+    return frequency, weight, error
 
 
-def stratified(number, share, u):
-    """`number` times t, spread by one offset u in [0, 1): each t is drawn in proportion to share (T + 1,)
-    to within one."""
-    ends = np.cumsum(share)
+def stratified(number, frequency, u):
+    """`number` times t with one offset u in [0, 1), each in proportion to frequency (T + 1,)."""
+    ends = np.cumsum(frequency)
     t = np.searchsorted(ends, (np.arange(number) + u) / number * ends[-1], side="right")
-    return np.minimum(t, len(share) - 1)  # (i + u) / n can round up to 1
+    return np.minimum(t, len(frequency) - 1)  # (i + u) / number can round up to 1
 
 
 class IdealNetwork:
-    """In place of a network: the best kernel there is for data whose moments given x_t are known. Its K is
-    K*, the limit for every network.
-
-    moments(x, alpha_bar) gives E[x_0 | x_t] and, for a Gaussian diffusion, Var[x_0 | x_t], for x (n, D)
-    and alpha_bar (n, 1)."""
+    """In place of a network: the best possible kernel, from known moments of the data. Its K is K*,
+    which no network can exceed. moments(x, alpha_bar) gives E[x_0 | x_t] and, for a Gaussian
+    diffusion, Var[x_0 | x_t], for x (n, D) and alpha_bar (n, 1)."""
 
     def __init__(self, moments):
         self.moments = moments
@@ -1339,7 +1316,7 @@ class IdealNetwork:
 
 
 class Alone:
-    """One process. Ranks has the same for several."""
+    """One process. Ranks is the same for several."""
 
     rank, size, here = 0, 1, 1
 
@@ -1349,14 +1326,13 @@ class Alone:
 
 
 class Ranks:
-    """The processes of an MPI run, see Alone."""
+    """The processes of an MPI run, see Alone; `here` is how many of them run on this machine."""
 
     def __init__(self, xp=np):
         from mpi4py import MPI
-        self.xp = xp
-        self.comm = MPI.COMM_WORLD
+        self.xp, self.comm = xp, MPI.COMM_WORLD
         self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
-        self.here = self.comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size()  # ranks on this machine
+        self.here = self.comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size()
 
     def sum(self, a):
         total = np.empty(a.shape, a.dtype)
@@ -1365,21 +1341,21 @@ class Ranks:
 
 
 class DPM:
-    """A diffusion and a network; with them the data's shape (H, W, C), shift and scale, so that samples
-    can be given in the data's units, and `about`, what else there is to say of the run.
+    """A diffusion and a network. With them are kept the shape (H, W, C) of the data, shift and
+    scale, by which samples get the data's units (raw = x scale + shift), and `about`, a dict of
+    what else is to be known of the run. learned: a LearnedSchedule, or None.
 
-    The work of a batch is dealt out to shares, example i to share i mod shares: the threads of a CPU, and
-    the ranks of `comm` (MPI) where there are any. Within a share it goes slice by slice, forward, loss
-    and backward while the arrays are in cache; a GPU takes the whole batch. The draws and the order of
-    the sums depend on the number of shares, so that the same number gives the same bits.
-    """
+    A batch is divided into shares, one for each thread of each rank of `comm` (MPI): example i is
+    in share i mod (number of shares). A thread takes its share in pieces, so that forward, loss and
+    backward of a piece run in cache; a GPU takes the whole batch. The noise and the order of sums
+    depend on the number of shares: 2 ranks of 1 thread give the same bits as 1 rank of 2."""
 
     def __init__(self, diffusion, network, shape, shift=0.0, scale=1.0, about=None, threads=None,
                  dtype="float32", seed=0, theta=None, learned=None, comm=None):
-        self.diffusion, self.network, self.xp, self.T = diffusion, network, diffusion.xp, diffusion.T
-        self.shape, self.D = tuple(shape), math.prod(shape)
-        self.shift, self.scale, self.about, self.dtype = float(shift), float(scale), about or {}, np.dtype(dtype)
-        self.learned, self.comm = learned, comm or Alone()
+        self.diffusion, self.xp, self.T = diffusion, diffusion.xp, diffusion.T
+        self.network, self.learned, self.comm = network, learned, comm or Alone()
+        self.shape, self.D, self.dtype = tuple(shape), math.prod(shape), np.dtype(dtype)
+        self.shift, self.scale, self.about = float(shift), float(scale), about or {}
         self.layers = network.with_weights() + ([learned] if learned else [])
         fresh = initial_weights(self.layers, self.xp, dtype, seed)
         self.theta = fresh if theta is None else theta
@@ -1400,47 +1376,58 @@ class DPM:
         """Values in the data's units, normalised."""
         return (raw - self.shift) / self.scale
 
-    def shortened(self, S):
-        """The same model with a chain of S steps, see Diffusion.shortened."""
-        return self._with(self.diffusion.shortened(S))
-
     def _with(self, diffusion, shape=None):
+        """The same network and weights with another diffusion, or for another shape."""
         model = copy.copy(self)
         model.diffusion, model.T, model.shape = diffusion, diffusion.T, shape or self.shape
         model.D = math.prod(model.shape)
         return model
 
+    def shortened(self, S):
+        """The same model with a chain of S steps, see Diffusion.shortened."""
+        return self._with(self.diffusion.shortened(S))
+
     def resized(self, H, W):
-        """The same model for pictures of another size; InputError where the network is bound to one."""
+        """The same model for pictures of another size; InputError if the network has only one."""
         if self.about.get("network") == "paper" and (H, W) != self.shape[:2]:
-            raise InputError(f"the paper's network has a dense path for {self.shape[1]} x {self.shape[0]} pixels only")
+            H, W, _ = self.shape
+            raise InputError(f"the paper's network has a dense path for {W} x {H} pixels only")
         return self._with(self.diffusion, (H, W, self.shape[2]))
 
     def follow_schedule(self):
-        """Makes the diffusion that a learned schedule's weights now stand for."""
+        """Makes the diffusion that the weights of a learned schedule stand for now."""
         if self.learned:
             alpha_bar = self.learned.forward(self.weights[self.learned]["psi"])
             self.diffusion = type(self.diffusion)(alpha_bar, self.xp, **self.diffusion.config)
 
-    # Threads, ranks and slices: only here
+    # Shares and pieces: the only place that knows of them
 
     def _deal(self, work, n, all_ranks=False):
-        """work(tape, rows, share) in every thread, for its share of n examples."""
+        """work(tape, share, pieces) in every thread: its share of n examples, slice(i, n, shares),
+        and the same cut into the slices that are worked on at once."""
         first = self.comm.rank * self.threads if all_ranks else 0
         shares = self.comm.size * self.threads if all_ranks else self.threads
-        jobs = [(tape, slice(i, n, shares), i) for i, tape in enumerate(self.tapes, first) if i < n]
+
+        def run(tape, i):
+            cuts = self._slices(len(range(i, n, shares)))
+            work(tape, slice(i, n, shares), [
+                slice(i + cut.start * shares, i + cut.stop * shares, shares) for cut in cuts])
+
+        jobs = [(tape, i) for i, tape in enumerate(self.tapes, first) if i < n]
         if len(jobs) == 1:
-            work(*jobs[0])
-        else:
-            list(self.pool.map(lambda job: work(*job), jobs))
+            return run(*jobs[0])
+        jobs = [self.pool.submit(run, *job) for job in jobs]
+        wait(jobs)  # for all, even if one fails: the next call needs their tapes
+        for job in jobs:
+            job.result()
 
     def _slices(self, n):
-        """Slices of n examples that are worked on at once."""
+        """n examples cut into slices that fit the cache; one slice on a GPU."""
         size = max(1, 6400 // (self.shape[0] * self.shape[1])) if self.xp is np else n
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
     def _z(self, x, t, tape):
-        """The network's z (n, D, outputs) for x (n, D) and t (n,)."""
+        """The network's z (n, D, outputs) for x (n, D) and t (n,), in one thread."""
         q = self.diffusion
         if isinstance(self.network, IdealNetwork):
             return q.ideal(x, t, *self.network.moments(x, q.alpha_bar[t][:, None]))
@@ -1448,7 +1435,7 @@ class DPM:
         return self.network.forward(image, q.level[t], q.s[t], tape).reshape(*x.shape, q.outputs)
 
     def _backward(self, dz, tape):
-        """dx (n, D); what the network takes from level and s is on the tape."""
+        """dx (n, D) of the last _z; the gradients in level and s are on the tape."""
         dz = dz.astype(self.dtype).reshape(len(dz), *self.shape[:2], -1)
         return self.network.backward(dz, tape).reshape(len(dz), -1)
 
@@ -1458,17 +1445,16 @@ class DPM:
         """The network's z (n, D, outputs) for x (n, D) and t (n,)."""
         z = self.xp.empty((*x.shape, self.diffusion.outputs))
 
-        def work(tape, rows, _):
-            part, x_r, t_r = z[rows], x[rows], t[rows]
-            for s in self._slices(len(x_r)):
-                part[s] = self._z(x_r[s], t_r[s], tape)
+        def work(tape, share, pieces):
+            for i in pieces:
+                z[i] = self._z(x[i], t[i], tape)
 
         self._deal(work, len(x))
         return z
 
     def p_back(self, x, t, eta=1.0):
-        """p(x_{t-1} | x_t = x) for x (n, D) and an integer t >= 1: the network's, and at t = 1 the fixed
-        first step (eq. 44), or, with a discretised decoder, what the network says of x_0."""
+        """p(x_{t-1} | x_t = x) for x (n, D) and an integer t >= 1: the network's. At t = 1 it is
+        the fixed first step (eq. 44), or a discretised decoder's p_last. eta: Gaussian.p_back."""
         q, t_x = self.diffusion, self.xp.full(len(x), t)
         if t > 1:
             return q.p_back(x, t_x, self.forward(x, t_x), eta)
@@ -1477,130 +1463,127 @@ class DPM:
 
     # The bound
 
-    def bound(self, x0, rng, draws=None, batch=512, progress=lambda blocks: blocks):
-        """The lower bound K on the mean log likelihood of x0 (n, D), nats, and its parts (eq. 14 with 44,
-        appendix B):
+    def bound(self, x0, rng, draws=None, batch=512, progress=iter):
+        """The lower bound K on the mean log likelihood of x0 (n, D), nats (eqs. 14, 44, App. B):
 
             K = - sum_{t=2..T} E_q KL[ q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ]
                 + H_q(X_T|X_0) - H_q(X_1|X_0) - H_p(X_T)
 
-        H_p(X_T) is E[-log pi(x_T) + log pi(x_1) - log pi(x_0)], the paper's constant where log pi of
-        the data is that of pi (eqs. 42-46). With a discretised decoder it is DDPM's eq. 5 instead, the
-        bound on the log probability of the bytes: K = - L_T - sum KL - L_0, L_0 = E[-log p(x_0 | x_1)].
+        H_p(X_T) = E[-log pi(x_T) + log pi(x_1) - log pi(x_0)] is the paper's constant where the
+        data have the mean log pi of pi (eqs. 42-46). With a discretised decoder K is DDPM's eq. 5,
+        for the probability of the bytes: - L_T - sum of KLs - L_0, L_0 = E[-log p(x_0 | x_1)].
 
-        draws   how many of the T - 1 KLs to draw for each example, spread over all t and all examples;
-                None computes every one
-        rng     a generator of NumPy; blocks of `batch` examples have their own, and go to the ranks
+        draws   how many of the T - 1 KLs to draw for each example, spread over all t; None: all
+        rng     a generator of NumPy; every block of `batch` examples gets its own from it
 
-        Returns a dict of nats: K, K_se (standard error of the mean over the examples), L_null,
-        K_minus_L_null and its _se, kl (T + 1,), entry t the part of step t (entry 1 is L_0 of a decoder),
-        H_q_T, H_q_1, H_p_T (or L_T), K_each (n,); and over t (T + 1,), nan where none was drawn: entropy of
-        p(x_{t-1} | x_t), and distortion, the mean square of x_0 - x_0^ per dimension.
-        """
+        Returns a dict: K, K_se (its standard error over the examples), L_null, K_minus_L_null and
+        K_minus_L_null_se, K_each (n,); H_q_T, H_q_1, H_p_T (or L_T); and over t (T + 1,): kl, what
+        each step takes from K (kl[1] is L_0), and, nan where nothing was drawn, entropy of
+        p(x_{t-1} | x_t) and distortion, the mean square of x_0 - x_0^ per dimension."""
         xp, q, n, T = self.xp, self.diffusion, len(x0), self.T
         draws = min(draws or T - 1, T - 1)
         t = stratified(n * draws, np.arange(T + 1) > 1, rng.random()).reshape(draws, n)
-        t = rng.permuted(t, axis=1)            # no example may be tied to one part of each row
+        t = rng.permuted(t, axis=1)  # no example may always have small t, or large ones
         if q.discretised:
             t = np.concatenate([t, np.ones((1, n), int)])
         times = np.where(np.arange(T + 1) > 1, (T - 1) / draws, 1.0)
-        kl, each, count = np.zeros(T + 1), np.zeros(n), np.bincount(t.ravel(), minlength=T + 1)
-        seen = dict(entropy=np.zeros(T + 1), distortion=np.zeros(T + 1))
+        each, (kl, entropy, distortion) = np.zeros(n), np.zeros((3, T + 1))
         blocks = range(0, n, batch)
-        dealt = list(zip(blocks, rng.spawn(len(blocks))))[self.comm.rank::self.comm.size]
-        for i, rng in progress(dealt):
+        own = list(zip(blocks, rng.spawn(len(blocks))))[self.comm.rank::self.comm.size]
+        for i, block_rng in progress(own):
             x = xp.asarray(x0[i:i + batch])
             for row in t[:, i:i + batch]:
                 t_x = xp.asarray(row)
-                xt = q.q_jump(x, t_x).draw(xp.asarray(q.distribution.noise(x.shape, rng)))
+                noise = q.distribution.noise(x.shape, block_rng)
+                xt = q.q_jump(x, t_x).draw(xp.asarray(noise))
                 z = self.forward(xt, t_x)
-                part = to_host(self._loss(x, xt, t_x, z)[0]) * times[row]
-                each[i:i + batch] += part
-                kl += np.bincount(row, part, T + 1) / n
+                loss = to_host(self._loss(x, xt, t_x, z)[0]) * times[row]
+                each[i:i + batch] += loss
+                kl += np.bincount(row, loss, T + 1) / n
                 square = ((q.p_x0(xt, t_x, z).mean - x) ** 2).mean(1)
-                late = xp.maximum(t_x, 2)
-                for name, values in dict(distortion=square, entropy=q.p_back(xt, late, z).entropy()).items():
-                    seen[name] += np.bincount(row, to_host(values), T + 1)
-        kl, each = self.comm.sum(kl), self.comm.sum(each)
-        seen = {name: self.comm.sum(values) for name, values in seen.items()}
+                distortion += np.bincount(row, to_host(square), T + 1)
+                H = q.p_back(xt, xp.maximum(t_x, 2), z).entropy()
+                entropy += np.bincount(row, to_host(H), T + 1)
+        each, kl, entropy, distortion = map(self.comm.sum, (each, kl, entropy, distortion))
+        entropy[:2] = math.nan  # p(x_0 | x_1) is not one of the T - 1 steps
+        count = np.bincount(t.ravel(), minlength=T + 1)
+        entropy, distortion = (np.where(count, total, math.nan) / np.maximum(count, 1)
+                               for total in (entropy, distortion))
         x0 = xp.asarray(x0)
-        H_q_T, H_q_1, H_p_T, null = (to_host(a) for a in (q.H_q(T, x0), q.H_q(1, x0), q.H_p(x0), q.log_null(x0)))
-        parts, signs = dict(H_q_T=H_q_T, H_q_1=H_q_1, H_p_T=H_p_T), (1, -1, -1)
+        parts = dict(H_q_T=q.H_q(T, x0), H_q_1=q.H_q(1, x0), H_p_T=q.H_p(x0))
+        signs = dict(H_q_T=1, H_q_1=-1, H_p_T=-1)
         if q.discretised:
-            parts, signs = dict(L_T=to_host(q.from_pi(T, x0))), (-1,)
-        each = sum(sign * a for sign, a in zip(signs, parts.values())) - each
-        seen["entropy"][:2] = math.nan  # p(x_0 | x_1) is not one of the T - 1 steps
+            parts, signs = dict(L_T=q.from_pi(T, x0)), dict(L_T=-1)
+        parts, null = {name: to_host(a) for name, a in parts.items()}, to_host(q.log_null(x0))
+        each = sum(signs[name] * a for name, a in parts.items()) - each
+        K = sum(signs[name] * a.mean() for name, a in parts.items()) - kl.sum()
 
         def se(values):
             return float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
 
-        K = sum(sign * a.mean() for sign, a in zip(signs, parts.values())) - kl.sum()
-        return dict(K=float(K), K_se=se(each),
-                    L_null=float(null.mean()), K_minus_L_null=float(each.mean() - null.mean()),
-                    K_minus_L_null_se=se(each - null), kl=kl, K_each=each,
-                    **{name: float(a.mean()) for name, a in parts.items()},
-                    **{name: np.where(count, a, math.nan) / np.maximum(count, 1) for name, a in seen.items()})
+        return dict(K=float(K), K_se=se(each), K_each=each, L_null=float(null.mean()),
+                    K_minus_L_null=float(each.mean() - null.mean()),
+                    K_minus_L_null_se=se(each - null), kl=kl, entropy=entropy,
+                    distortion=distortion, **{name: float(a.mean()) for name, a in parts.items()})
 
     # Training
 
     def _loss(self, x0, xt, t, z, error=None):
-        """The KL of every example's step, or -log p(x_0 | x_1) of a decoder where t = 1, nats (n,), and dz."""
+        """The KL of each step, nats (n,), or a decoder's -log p(x_0 | x_1) where t = 1; and dz."""
         q = self.diffusion
         loss, dz = q.kl(x0, xt, self.xp.maximum(t, 2), z, error)
-        first = t == 1
-        if q.discretised and bool(first.any()):
-            loss[first], dz[first] = q.decode(x0[first], xt[first], z[first])
+        decoded = t == 1
+        if q.discretised and bool(decoded.any()):
+            loss[decoded], dz[decoded] = q.decode(x0[decoded], xt[decoded], z[decoded])
         return loss, dz
 
     def gradient(self, x0, *key, tables=None):
-        """The gradient of an objective, estimated from x0 (n, D) with one t for each example, stratified;
-        `tables` are those of objective(), K's if None, whose gradient is that of -K / D. Leaves it in
-        self.grad and returns t (n,) and loss_t / share_t (n,) in nats, whose mean estimates the sum of the
-        KLs for every objective. key: the integers that seed its draws, such as seed and step.
+        """The gradient of an objective, estimated from x0 (n, D) with one t for each example, goes
+        to self.grad. tables: those of objective(), K's if None, with the gradient of -K / D. key:
+        integers that seed the draws, such as seed and step. Returns t (n,) and loss_t / chance_t
+        (n,), nats, whose mean estimates the sum of the KLs whatever the objective is.
 
-        A learned schedule ascends K with frozen noise: with eps held, K depends on it through x_t, through
-        the network's own use of it (dx, dlevel), through q_back and p_back, and through the entropies:
+        A learned schedule ascends K with eps held fixed: K depends on it through x_t (dx), through
+        what the network is told (dlevel, ds), through q_back and p_back, and through entropies:
 
-            dx_t / dphi_t = v*        dH_q(X_T|X_0) / dlogsnr_T = D/2 alpha_bar_T
-        """
+            dx_t / dphi_t = v*        dH_q(X_T|X_0) / dlogsnr_T = D/2 alpha_bar_T"""
         xp, q, (n, D) = self.xp, self.diffusion, x0.shape
-        share, weight, error = tables or objective("K", q)
-        share = to_host(share)
-        t = stratified(n, share, generator(np, "times", *key).random())
-        chance, t = xp.asarray(share[t] / share.sum()), xp.asarray(t)
-        scale, parts = weight[t] / (n * D * chance), xp.zeros(n)
+        frequency, weight, error = tables or objective("K", q)
+        frequency = to_host(frequency)
+        t = stratified(n, frequency, generator(np, "times", *key).random())
+        chance, t = xp.asarray(frequency[t] / frequency.sum()), xp.asarray(t)
+        factor, loss, xt = weight[t] / (n * D * chance), xp.zeros(n), xp.empty(x0.shape)
 
-        def work(tape, rows, number):
-            x, t_x, scale_x, parts_x = x0[rows], t[rows], scale[rows], parts[rows]
-            noise = q.distribution.noise(x.shape, generator(xp, "noise", *key, number), self.dtype)
-            xt = q.q_jump(x, t_x).draw(noise)
-            for s in self._slices(len(x)):
-                z = self._z(xt[s], t_x[s], tape)
-                parts_x[s], dz = self._loss(x[s], xt[s], t_x[s], z, error)
-                dx = self._backward(dz * scale_x[s, None, None], tape)
+        def work(tape, share, pieces):
+            rng = generator(xp, "noise", *key, share.start)
+            noise = q.distribution.noise(x0[share].shape, rng, self.dtype)
+            xt[share] = q.q_jump(x0[share], t[share]).draw(noise)
+            for i in pieces:
+                z = self._z(xt[i], t[i], tape)
+                loss[i], dz = self._loss(x0[i], xt[i], t[i], z, error)
+                dx = self._backward(dz * factor[i, None, None], tape)
                 if self.learned:
-                    dlogsnr = self._dlogsnr(x[s], xt[s], t_x[s], z, dx, tape, scale_x[s], n)
-                    tape.dtheta[self.learned]["psi"] += self.learned.backward(
-                        self.weights[self.learned]["psi"], dlogsnr)
+                    dpsi = self._dpsi(x0[i], xt[i], t[i], z, dx, tape, factor[i], n)
+                    tape.dtheta[self.learned]["psi"] += dpsi
 
         for grad in self.grads:
             grad[...] = 0
         self._deal(work, n, all_ranks=True)
-        self.grad = self.grads[0]
         for grad in self.grads[1:]:
-            self.grad += grad
-        self.grad, parts = self.comm.sum(self.grad), self.comm.sum(parts)
-        return t, parts / chance
+            self.grads[0] += grad
+        self.grad, loss = self.comm.sum(self.grads[0]), self.comm.sum(loss)
+        return t, loss / chance
 
-    def _dlogsnr(self, x0, xt, t, z, dx, tape, scale, n):
-        """dlogsnr (T + 1,) of a learned schedule, from some of n examples, see gradient."""
+    def _dpsi(self, x0, xt, t, z, dx, tape, factor, n):
+        """dpsi of a learned schedule, from some of n examples, see gradient."""
         q, D = self.diffusion, x0.shape[1]
         dphi, ds = q.dkl_schedule(x0, xt, t, z)
-        dphi = scale * dphi + (dx * q.velocity(x0, xt, t)).sum(1)
-        dlogsnr = q.dlogsnr(t, dphi, scale * ds + tape.ds, tape.dlevel)
-        a = q.alpha_bar[-1]
-        dlogsnr[-1] -= (0.5 * a * D * len(x0) + a * (1 - a) * q.dH_p(x0).sum()) / (n * D)
-        return dlogsnr
+        dphi = factor * dphi + (dx * q.velocity(x0, xt, t)).sum(1)
+        dlogsnr = q.dlogsnr(t, dphi, factor * ds + tape.ds, tape.dlevel)
+        a_T = q.alpha_bar[-1]
+        dH = 0.5 * a_T * D * len(x0) + a_T * (1 - a_T) * q.dH_p(x0).sum()
+        dlogsnr[-1] -= dH / (n * D)
+        return self.learned.backward(self.weights[self.learned]["psi"], dlogsnr)
 
     def step(self, adam):
         """One step of Adam along self.grad; returns its norm."""
@@ -1610,24 +1593,26 @@ class DPM:
 
     # Samples
 
-    def sample(self, number, seed=0, steps=None, eta=1.0, batch=64, keep=(), progress=lambda ts: ts):
-        """Samples (number, D) of p(x_0): x_T ~ pi, then x_{t-1} ~ p(x_{t-1} | x_t) for t = T..2, and the fixed
-        first step (eqs. 4, 5 and 44). True draws, not means.
+    def sample(self, number, seed=0, steps=None, eta=1.0, batch=64, keep=(), progress=iter):
+        """Samples (number, D) of p(x_0): x_T ~ pi, then x_{t-1} ~ p(x_{t-1} | x_t) for t = T..1
+        (eqs. 4, 5 and 44). They are true draws, not means.
 
-        steps   take this many of the T steps, see Diffusion.shortened; eta: see Gaussian.p_back
-        keep    times of this chain whose x_t are wanted too: then the result is (samples, {t: x_t})
+        steps   use this many of the T steps, see Diffusion.shortened
+        eta     from 0, no noise, to 1, the model's, see Gaussian.p_back
+        keep    times t whose x_t are wanted too: then the result is (samples, {t: x_t})
 
-        Sample k has its own noise, from (seed, k): it is the same to within rounding on every device and
-        in every batch of `batch` chains.
-        """
+        Sample k has its own noise, from (seed, k): up to rounding it is the same on every device
+        and for every size of `batch`. InputError for steps or eta outside of their limits."""
         if steps:
             return self.shortened(steps).sample(number, seed, None, eta, batch, keep, progress)
         if not 0 <= eta <= 1:
             raise InputError(f"eta lies between 0 (no noise) and 1 (the model's), not {eta}")
         xp, q = self.xp, self.diffusion
 
-        def chain(rngs, rows, tick):
-            noise = lambda: xp.asarray(np.stack([q.distribution.noise((self.D,), rng) for rng in rngs]))
+        def draw_batch(rngs, rows, tick):
+            def noise():
+                return xp.asarray(np.stack([q.distribution.noise((self.D,), rng) for rng in rngs]))
+
             x, kept = q.pi((len(rngs), self.D)).draw(noise()), {}
             for t in range(self.T, 0, -1):
                 if t in keep:
@@ -1636,11 +1621,12 @@ class DPM:
                 tick()
             return x, kept
 
-        return self.chains(chain, number, seed, batch, keep, progress)
+        return self.chains(draw_batch, number, seed, batch, keep, progress)
 
-    def chains(self, chain, number, seed, batch, keep, progress):
-        """What chain(rngs, rows, tick) gives for all samples, `batch` at a time, dealt out to the ranks: x_0
-        of the samples in slice rows, each with its own generator, and {t: x_t}; it calls tick at every t."""
+    def chains(self, draw_batch, number, seed, batch, keep, progress):
+        """All samples, `batch` at a time, dealt out to the ranks. draw_batch(rngs, rows, tick)
+        gives x_0 of the samples in the slice rows, and {t: x_t}; rngs are their generators, one
+        each, and it calls tick() at every t."""
         starts = list(range(0, number, batch))[self.comm.rank::self.comm.size]
         samples = np.zeros((number, self.D))
         kept = {t: np.zeros((number, self.D)) for t in keep}
@@ -1648,7 +1634,7 @@ class DPM:
         for start in starts:
             rows = slice(start, min(start + batch, number))
             rngs = [generator(np, "sample", seed, k) for k in range(rows.start, rows.stop)]
-            x, past = chain(rngs, rows, lambda: next(ticks))
+            x, past = draw_batch(rngs, rows, lambda: next(ticks))
             samples[rows] = to_host(x)
             for t in keep:
                 kept[t][rows] = to_host(past[t])
@@ -1660,34 +1646,32 @@ class DPM:
 # ------------------------------------------------------------------------------------------------
 # 4. More theory
 # ------------------------------------------------------------------------------------------------
-# Nothing here is needed to train or to sample. The first two functions say, without a network, what a
-# reverse step must look like, and with one, what the model's own probability of an example is. The
-# learned schedule makes beta_t weights like any other.
+# Nothing here is needed to train or to sample. entropy_bounds says, without a network, how random
+# a reverse step must be; log_weights, what probability the model itself gives to an example; and
+# frechet, how far samples are from data. With the learned schedule, beta_t are weights as well.
 
 def entropy_bounds(q, x0):
-    """The bounds of eq. 24 (appendix A) on the entropy of every reverse step, for data x0 (n, D): lower
-    and upper (T + 1,), nats, entries 0 and 1 nan.
+    """The bounds of eq. 24 (appendix A) on the entropy of every reverse step, for data x0 (n, D):
+    lower and upper (T + 1,), nats, nan at t = 0 and 1.
 
-        H_q(X_t|X_{t-1}) + H_q(X_{t-1}|X_0) - H_q(X_t|X_0)  <=  H_q(X_{t-1}|X_t)  <=  H_q(X_t|X_{t-1})
+        H_q(X_t|X_{t-1}) + H_q(X_{t-1}|X_0) - H_q(X_t|X_0) <= H_q(X_{t-1}|X_t) <= H_q(X_t|X_{t-1})
 
-    The lower one is tight where x_t tells all that x_0 has to tell of x_{t-1}, as for one point; the
-    upper one where H_q(X_t) no longer grows, as for data that is pi already. The upper one needs data
-    whose mean log pi stays the same as it diffuses: unit variance, or bits whose mean is the rate.
-    """
-    mean = q.xp.asarray(x0).mean(0, keepdims=True)                     # every entropy is linear in x_0
+    The lower one is tight where x_0 adds nothing to what x_t tells of x_{t-1}, as for one point;
+    the upper one where H_q(X_t) no longer grows, as for data that is pi already. It needs data of
+    unit variance, or bits whose mean is the rate."""
+    mean = q.xp.asarray(x0).mean(0, keepdims=True)  # every entropy is linear in x_0
     H_q = np.array([math.nan] + [float(q.H_q(t, mean)[0]) for t in range(1, q.T + 1)])
     upper = np.array([math.nan] * 2 + [float(q.H_step(t, mean)[0]) for t in range(2, q.T + 1)])
     return upper - np.diff(H_q, prepend=math.nan), upper
 
 
 def log_weights(model, x0, trajectories, rng, batch=8192):
-    """log w (n, trajectories), nats, of forward trajectories of each x0 (n, D) under the model (eqs. 6-9):
-    annealed importance sampling by the diffusion, Jarzynski's average of the work. rng is NumPy's.
+    """log w (n, trajectories), nats, of forward trajectories from each x0 (n, D) (eqs. 6-9):
 
-        w = p(x_T) prod_{t=1..T} p(x_{t-1} | x_t) / q(x_t | x_{t-1})      E_q w = p(x_0)     E_q log w = K
+        w = p(x_T) prod_{t=1..T} p(x_{t-1} | x_t) / q(x_t | x_{t-1})   E_q w = p(x_0), E_q log w = K
 
-    Follows `batch` trajectories at a time, step by step, and keeps none.
-    """
+    This is annealed importance sampling, or Jarzynski's average of the work. rng is a generator of
+    NumPy; `batch` trajectories are followed at a time. InputError for a discretised decoder."""
     xp, q = model.xp, model.diffusion
     if q.discretised:
         raise InputError("trajectories weigh densities: a discretised decoder has none")
@@ -1697,72 +1681,67 @@ def log_weights(model, x0, trajectories, rng, batch=8192):
         x = xp.asarray(x0[starts[i:i + batch]])
         total = xp.zeros(len(x))
         for t in range(1, model.T + 1):
-            forward = q.q_step(x, xp.full(len(x), t))
-            xt = forward.draw(xp.asarray(forward.noise(x.shape, rng)))
-            total += model.p_back(xt, t).log_density(x) - forward.log_density(xt)
+            step = q.q_step(x, xp.full(len(x), t))
+            xt = step.draw(xp.asarray(step.noise(x.shape, rng)))
+            total += model.p_back(xt, t).log_density(x) - step.log_density(xt)
             x = xt
         log_w[i:i + batch] = to_host(total + q.log_pi(x))
     return log_w.reshape(len(x0), trajectories)
 
 
 def log_likelihood(model, x0, trajectories, rng):
-    """The estimate of log p(x_0), nats (n,): log mean w over the trajectories of each x0. Its mean is below
-    log p(x_0), K for one trajectory, and rises to it with their number."""
+    """An estimate of log p(x_0), nats (n,): log mean w over the trajectories of each x0. In the
+    mean it is K for one trajectory, and rises to log p(x_0) with their number."""
     return logsumexp(log_weights(model, x0, trajectories, rng), axis=1) - math.log(trajectories)
 
 
 def frechet(x, y, components=40):
-    """The Frechet distance between Gaussians fitted to two sets of examples (n, D), in the leading principal
-    components of x: |m_x - m_y|^2 + tr(C_x + C_y - 2 sqrt(C_x C_y)). It needs no other network, is 0 for
-    equal means and covariances, falls with the number of examples, and sees nothing beyond them."""
+    """The Frechet distance |m_x - m_y|^2 + tr(C_x + C_y - 2 sqrt(C_x C_y)) of Gaussians fitted to
+    x and y (n, D), in the leading principal components of x. It needs no other network and is 0 for
+    equal means and covariances, which are all that it sees; few examples make it larger."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     mean = x.mean(0)
     basis = np.linalg.eigh(np.cov(x.T))[1][:, -components:]
     x, y = (x - mean) @ basis, (y - mean) @ basis
     C_x, C_y = np.cov(x.T), np.cov(y.T)
-    roots = np.sqrt(np.maximum(np.linalg.eigvals(C_x @ C_y).real, 0))
-    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(C_x) + np.trace(C_y) - 2 * roots.sum())
+    roots = np.sqrt(np.maximum(np.linalg.eigvals(C_x @ C_y).real, 0)).sum()
+    gap = ((y.mean(0) - x.mean(0)) ** 2).sum()
+    return float(gap + np.trace(C_x) + np.trace(C_y) - 2 * roots)
 
 
-class LearnedSchedule:
-    """beta_2..T as weights that ascend K, section 2.4.1; beta_1 stays fixed. With logsnr_t =
-    logit(1 - alpha_bar_t), whose rise at t is how much more noise than signal there is after the step,
+class LearnedSchedule(Layer):
+    """beta_2..T as weights psi that ascend K (section 2.4.1); beta_1 stays fixed. The log of noise
+    over signal, logsnr_t = logit(1 - alpha_bar_t), climbs by positive steps exp(a_t):
 
-        logsnr_t = first + (end - first) c_t / c_T,    c_t = sum_{s=2..t} exp(a_s),    end = 6 + 4 s(psi_end)
+        logsnr_t = logsnr_1 + (end - logsnr_1) c_t / c_T        c_t = sum_{s=2..t} exp(a_s)
 
-    where s(z) = z / (1 + |z|) and a_2..T runs in straight lines between at most 40 knots 6 s(psi / 6), so
-    that a long trajectory is smooth in t. Whatever psi is, |a| < 6 and 2 < end < 10, so every step rises
-    and 0 < beta_t < 1. psi = 0 is logsnr linear in t. It is a layer as far as its weights go; DPM.gradient
-    has the rest of its gradient.
-    """
-
-    gain = 1.0
+    a_2..T runs in straight lines between at most 40 knots psi / (1 + |psi / 6|), and end = 6 +
+    4 psi_end / (1 + |psi_end|). So |a| < 6, 2 < end < 10 and 0 < beta_t < 1 whatever psi is;
+    psi = 0 makes logsnr linear in t. See DPM.gradient for the rest of its gradient."""
 
     def __init__(self, T, beta_1, xp=np):
-        self.xp, self.first, knots = xp, float(logit(beta_1)), min(T - 1, 40)
+        self.xp, self.logsnr_1, knots = xp, float(logit(beta_1)), min(T - 1, 40)
         self.shapes = dict(psi=(knots + 1,))
         place = np.linspace(0, knots - 1, T - 1)
-        between = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(knots)))
-        self.between = xp.asarray(between)                             # a = between @ knots
+        self.between = xp.asarray(np.maximum(0, 1 - np.abs(place[:, None] - np.arange(knots))))
 
     def _parts(self, psi):
-        """exp(a) (T - 1,), c (T - 1,) and end - first (1,)."""
+        """exp(a), with a = between @ knots, and c, (T - 1,); and span = end - logsnr_1 (1,)."""
         xp, psi = self.xp, psi.astype(np.float64)
         rise = xp.exp(self.between @ (psi / (1 + abs(psi / 6)))[:-1])
-        return rise, xp.cumsum(rise), 6 + 4 * psi[-1:] / (1 + abs(psi[-1:])) - self.first
+        return rise, xp.cumsum(rise), 6 + 4 * psi[-1:] / (1 + abs(psi[-1:])) - self.logsnr_1
 
     def forward(self, psi):
         """alpha_bar_0..T of psi."""
         xp, (_, c, span) = self.xp, self._parts(psi)
-        logsnr = self.first + xp.concatenate([xp.zeros(1), span * c / c[-1:]])
+        logsnr = self.logsnr_1 + xp.concatenate([xp.zeros(1), span * c / c[-1:]])
         return xp.concatenate([xp.ones(1), 1 / (1 + xp.exp(logsnr))])
 
     def backward(self, psi, dlogsnr):
-        """dpsi from dlogsnr (T + 1,), of which entries 0 and 1 do not count.
+        """dpsi from dlogsnr (T + 1,), whose entries 0 and 1 are not used.
 
-        logsnr_t = first + span c_t / c_T      dspan = sum dlogsnr_t c_t / c_T      dc_t = span / c_T (dlogsnr_t - [t = T] dspan)
-        c_t = sum_{s<=t} exp(a_s)              da_s = exp(a_s) sum_{t>=s} dc_t
-        """
+        dspan = sum_t dlogsnr_t c_t / c_T              dc_t = span / c_T (dlogsnr_t - [t = T] dspan)
+        da_s = exp(a_s) sum_{t>=s} dc_t"""
         xp, (rise, c, span) = self.xp, self._parts(psi)
         psi = psi.astype(np.float64)
         dspan = (dlogsnr[2:] * c / c[-1:]).sum(keepdims=True)
@@ -1774,66 +1753,69 @@ class LearnedSchedule:
 # ------------------------------------------------------------------------------------------------
 # 5. Posteriors
 # ------------------------------------------------------------------------------------------------
-# A trained model times any r(x_0): inpainting, denoising, or what you like. The reverse process goes
-# on as before, with every step times an r_t that says what r will want (eqs. 16-23). One chain is an
-# approximation; a crowd of weighed particles is exact in the limit.
+# A trained model times any r(x_0): inpainting, denoising, or what you like. The reverse process
+# stays, but every step is multiplied by an r_t that says what r will want (eqs. 16-23). One chain
+# is an approximation; many weighted chains, called particles, are exact in the limit.
 
 class Observation:
-    """r(x) = exp(-(x - y)^2 / 2 sigma^2): y (n, D) or (D,), sigma >= 0 of a shape that broadcasts to y's,
-    in units of the normalised data. sigma = 0 clamps a coordinate (inpainting), sigma = inf leaves it
-    free, in between it denoises. InputError where this makes no sense."""
+    """r(x) = exp(-(x - y)^2 / 2 sigma^2), x normalised: y (n, D) or (D,), and sigma >= 0 that
+    broadcasts to it. sigma = 0 says that a coordinate is known (inpainting), inf that it is free;
+    values in between denoise. InputError where this makes no sense."""
 
     def __init__(self, y, sigma, xp=np):
         y, sigma = np.asarray(y, np.float64), np.asarray(sigma, np.float64)
         try:
             sigma = np.broadcast_to(sigma, y.shape)
         except ValueError:
-            raise InputError(f"the noise of an observation has shape {sigma.shape}, the observation "
-                             f"{y.shape}") from None
+            raise InputError(f"the noise of an observation has shape {sigma.shape}, the "
+                             f"observation {y.shape}") from None
         if np.isnan(sigma).any() or (sigma < 0).any():
-            raise InputError("the noise of an observation must be 0 (known), positive, or inf (unknown)")
+            raise InputError("the noise of an observation must be 0 (known), positive, or inf "
+                             "(unknown)")
         if not np.isfinite(y[np.isfinite(sigma)]).all():
             raise InputError("an observation is NaN or infinite where it is said to be known")
         if np.isinf(sigma).all() or not sigma.any():
-            raise InputError("an observation must leave something unknown, and not everything: its noise "
-                             "is 0 or infinite everywhere")
+            raise InputError("an observation must leave something unknown, and not everything: "
+                             "its noise is 0 or infinite everywhere")
         self.y, self.sigma = xp.asarray(np.where(np.isfinite(sigma), y, 0)), xp.asarray(sigma)
 
-    def rows(self, s, particles):
-        """The same for the samples in slice s only, each of them `particles` times."""
-        part = copy.copy(self)
+    def rows(self, index, particles=1):
+        """The Observation of some of the samples only, each of them `particles` times."""
+        chosen = copy.copy(self)
         if self.y.ndim == 2:
-            part.y, part.sigma = (a[s].repeat(particles, axis=0) for a in (self.y, self.sigma))
-        return part
+            chosen.y, chosen.sigma = (a[index].repeat(particles, 0) for a in (self.y, self.sigma))
+        return chosen
 
     def factors(self, q, power=1.0):
-        """What q's distributions take as `times`: r^power of every coordinate."""
+        """What the distributions of q take in `times`, for r^power: y and a variance, or the log of
+        r at 0 and at 1, up to a constant. InputError for a known bit that is neither."""
         xp = q.xp
         if q.distribution is Normal:
-            variance = self.sigma ** 2 / power if power > 0 else xp.full(self.sigma.shape, math.inf)
-            return self.y, variance
+            if power == 0:
+                return self.y, xp.full(self.sigma.shape, math.inf)
+            return self.y, self.sigma ** 2 / power
         known = self.sigma == 0
         if bool((known & (self.y != 0) & (self.y != 1)).any()):
             raise InputError("a known bit must be 0 or 1")
         sigma = xp.where(known, 1.0, self.sigma)
-        log_r = [-xp.where(known, xp.where(self.y == x, 0.0, math.inf), 0.5 * ((x - self.y) / sigma) ** 2)
-                 for x in (0, 1)]
+        log_r = [-xp.where(known, xp.where(self.y == x, 0.0, math.inf),
+                           0.5 * ((x - self.y) / sigma) ** 2) for x in (0, 1)]
         top = xp.maximum(*log_r)
-        return [power * (l - top) for l in log_r] if power > 0 else [0 * top, 0 * top]
+        return [power * (a - top) if power > 0 else 0 * top for a in log_r]
 
     def log_r(self, q, x, power=1.0):
-        """log r(x)^power, nats (n,), but for a constant; 0 for a known value, where x is it."""
+        """log r(x)^power, nats (n,), up to a constant; a known number counts 0, wherever x is."""
         a, b = self.factors(q, power)
         if q.distribution is Normal:
-            far = q.xp.where(b > 0, (x - a) ** 2 / q.xp.where(b > 0, b, 1.0), 0.0)
-            return -0.5 * far.sum(1)
+            square = q.xp.where(b > 0, (x - a) ** 2 / q.xp.where(b > 0, b, 1.0), 0.0)
+            return -0.5 * square.sum(1)
         return q.xp.where(x == 1, b, a).sum(1)
 
 
 class Function:
-    """Any r of your own: log_r(x) gives log r (n,) and gradient(x) its gradient (n, D), for x (n, D) in
-    units of the normalised data (data = x * scale + shift), float64 on the model's device; called with
-    some of the samples at a time, from several threads."""
+    """Any r of your own: log_r(x) gives log r (n,), gradient(x) its gradient (n, D), for normalised
+    x (n, D) (raw = x scale + shift), float64 arrays of xp. They are called from several threads,
+    for some of the samples each. InputError for another shape, or numbers that are not finite."""
 
     def __init__(self, log_r, gradient):
         self._log_r, self._gradient = log_r, gradient
@@ -1841,8 +1823,9 @@ class Function:
     @staticmethod
     def _checked(value, shape, what):
         if getattr(value, "shape", None) != shape:
-            raise InputError(f"{what} of your r returns {getattr(value, 'shape', type(value).__name__)} "
-                             f"where an array of shape {shape} is needed")
+            found = getattr(value, "shape", type(value).__name__)
+            raise InputError(f"{what} of your r returns {found} where an array of shape {shape} "
+                             "is needed")
         if not bool((value * 0 == 0).all()):
             raise InputError(f"{what} of your r returns NaN or infinite values")
         return value
@@ -1858,25 +1841,25 @@ R_SCHEDULES = ("predicted", "constant", "annealed")
 
 
 class Posterior:
-    """p(x_0) r(x_0) of a model, as a reverse process: each p(x_{t-1} | x_t) times r_{t-1}(x_{t-1}), normalised
-    (eqs. 16-22). r is an Observation, a Function, or a list of them, which stands for their product.
-    What r_t is along the way, with r_0 = r:
+    """p(x_0) r(x_0) of a model, as a reverse process: each p(x_{t-1} | x_t) is multiplied by
+    r_{t-1}(x_{t-1}) and normalised (eqs. 16-22). r is an Observation, a Function, or a list of
+    them, which stands for their product. r_0 = r, and on the way r_t is by `schedule`
 
-        constant   r_t = r                                        eq. 23
-        annealed   r_t = r^((T - t) / T)                          section 2.5
-        predicted  r_t(x_t) = E[r(x_0) | x_t], x_0 as the network predicts it, coordinates independent
+        constant   r                                       eq. 23
+        annealed   r^((T - t) / T)                         section 2.5
+        predicted  E[r(x_0) | x_t], for x_0 as the network predicts it, coordinates independent
 
-    The first two multiply an Observation in closed form, coordinate by coordinate. The last takes the
-    gradient of log r_t through the network, so that what is known of one coordinate moves all others
-    (as in Ho et al. 2022, Song et al. 2023), and moves the step from x_t by it (eq. 61); the last step is
-    the product with r. It costs two and a half times as much as a step without r.
+    constant and annealed multiply an Observation in closed form, coordinate by coordinate.
+    predicted tilts each step by the gradient of log r_t through the network (eq. 61), so that a
+    known coordinate moves all others (as in Ho et al. 2022, Song et al. 2023), and multiplies only
+    the last step by r. A step costs about 2.5 times a step without r.
 
-    Eq. 22 divides each product by Z(x_t) = int p(x_{t-1} | x_t) r_{t-1}(x_{t-1}) dx_{t-1} and goes on as if that were
-    r_t(x_t). What is left, Z(x_t) / r_t(x_t), is the weight of this step. `particles` > 1 carry it for every
-    sample, are drawn anew by their weights where these become uneven, and the sample is one of them: exact
-    in the limit of many, if no r_t rules out what r allows. (A known value rules out all other x_t if it
-    is constant or annealed; it needs predicted.)
-    """
+    Eq. 22 divides each product by Z(x_t) = int p(x_{t-1} | x_t) r_{t-1}(x_{t-1}) dx_{t-1} and takes
+    it for r_t(x_t). The factor that this ignores, Z(x_t) / r_t(x_t), is the weight of the step.
+    With `particles` > 1 every sample is a set of chains with these weights, drawn anew where the
+    weights become uneven, and one of them at the end. This is exact in the limit of many, if no r_t
+    excludes what r allows (as constant and annealed do for a known value, which needs predicted).
+    InputError for another schedule, no particles, or an r of another type."""
 
     def __init__(self, model, r, schedule="predicted", particles=1):
         if schedule not in R_SCHEDULES:
@@ -1890,141 +1873,153 @@ class Posterior:
         if len(self.observations) + len(self.functions) < max(1, len(r)):
             raise InputError("r must be an Observation, a Function, or a list of them")
 
-    def rows(self, s, particles=1):
-        """The same for the samples in slice s only, each of them `particles` times."""
-        part = copy.copy(self)
-        part.observations = [o.rows(s, particles) for o in self.observations]
-        return part
+    def rows(self, index, particles=1):
+        """The Posterior of some of the samples only, each of them `particles` times."""
+        chosen = copy.copy(self)
+        chosen.observations = [o.rows(index, particles) for o in self.observations]
+        return chosen
 
     def of_x0(self, p):
-        """log E[r(x_0)] (n,) where x_0 has the distribution p, and its gradient in the mean of p, (n, D); of
-        a Function, log r of the mean."""
-        log_r, g = self.model.xp.zeros(len(p.mean)), 0 * p.mean
+        """log E[r(x_0)] (n,), up to a constant, where x_0 has the distribution p; and its gradient
+        in the mean of p, (n, D). For a Function it is log r of the mean."""
+        log_r, g, product = self.model.xp.zeros(len(p.mean)), 0 * p.mean, p
         for f in self.functions:
             log_r, g = log_r + f.log_r(p.mean), g + f.gradient(p.mean)
-        moved = p
         for o in self.observations:
-            moved, log_Z = moved.times(*o.factors(self.model.diffusion))
+            product, log_Z = product.times(*o.factors(self.model.diffusion))
             log_r = log_r + log_Z
-        return log_r, g + (moved.mean - p.mean) / p.variance
+        return log_r, g + (product.mean - p.mean) / p.variance
 
     def predicted(self, x, t):
-        """p(x_{t-1} | x_t = x), log r_t(x) (n,), and the g (n, D) by which p is tilted, for an integer t >= 2: r_t is
-        a function of x_t and the network's z, whose backward takes its gradient on to x_t."""
+        """p(x_{t-1} | x_t = x), log r_t(x) (n,), and the g (n, D) to tilt p by, for an integer
+        t >= 2. g is the gradient of log r_t through the network, in the mean of p_x0 alone: that
+        its variance depends on x_t too is ignored."""
         model, xp, q = self.model, self.model.xp, self.model.diffusion
         t_x, z = xp.full(len(x), t), xp.zeros((*x.shape, q.outputs))
         log_r, g = xp.zeros(len(x)), xp.zeros(x.shape)
 
-        def work(tape, rows, _):
-            part, x_r, t_r, z_r, log_r_r, g_r = self.rows(rows), x[rows], t_x[rows], z[rows], log_r[rows], g[rows]
-            for s in model._slices(len(x_r)):
-                z_r[s] = model._z(x_r[s], t_r[s], tape)
-                p = q.p_x0(x_r[s], t_r[s], z_r[s])
-                log_r_r[s], dmean = part.rows(s).of_x0(p)
-                dx, dz = q.dp_x0(x_r[s], t_r[s], z_r[s], dmean)
-                g_r[s] = dx + model._backward(dz, tape)
+        def work(tape, share, pieces):
+            for i in pieces:
+                z[i] = model._z(x[i], t_x[i], tape)
+                p = q.p_x0(x[i], t_x[i], z[i])
+                log_r[i], dmean = self.rows(i).of_x0(p)
+                dx, dz = q.dp_x0(x[i], t_x[i], z[i], dmean)
+                g[i] = dx + model._backward(dz, tape)
 
         model._deal(work, len(x))
         p = q.p_back(x, t_x, z)
         return p, log_r, q.guided(p, t_x, g)
 
-    def sample(self, number, seed=0, steps=None, batch=64, keep=(), progress=lambda ts: ts):
-        """Samples (number, D); the arguments are those of DPM.sample. An Observation's y is (D,) or
-        (number, D)."""
+    def sample(self, number, seed=0, steps=None, batch=64, keep=(), progress=iter):
+        """Samples (number, D); the arguments are those of DPM.sample. The y of an Observation is
+        (D,) or (number, D); else InputError."""
         if steps:
-            part = copy.copy(self)
-            part.model = self.model.shortened(steps)
-            return part.sample(number, seed, None, batch, keep, progress)
+            short = copy.copy(self)
+            short.model = self.model.shortened(steps)
+            return short.sample(number, seed, None, batch, keep, progress)
         for o in self.observations:
             if o.y.shape not in ((self.model.D,), (number, self.model.D)):
-                raise InputError(f"an observation of shape {o.y.shape} does not fit {number} samples of "
-                                 f"{self.model.D} dimensions")
-        chain = lambda rngs, rows, tick: self.rows(rows, self.particles)._chain(rngs, tick, keep)
-        return self.model.chains(chain, number, seed, max(1, batch // self.particles), keep, progress)
+                raise InputError(f"an observation of shape {o.y.shape} does not fit {number} "
+                                 f"samples of {self.model.D} dimensions")
+
+        def draw_batch(rngs, rows, tick):
+            return self.rows(rows, self.particles)._draw_batch(rngs, tick, keep)
+
+        batch = max(1, batch // self.particles)
+        return self.model.chains(draw_batch, number, seed, batch, keep, progress)
 
     def _step(self, x, t):
-        """From x_t = x, t >= 1: the model's p(x_{t-1} | x_t); log r_t(x_t) (n,); the gradient g by which r_{t-1} moves
-        p, or None; and whether the Observations multiply p."""
+        """The model's p(x_{t-1} | x_t = x), t >= 1; log r_t(x) (n,); the g to tilt p by, or None;
+        and whether p is still to be multiplied by r_{t-1}."""
         model, q = self.model, self.model.diffusion
         if self.schedule != "predicted":
             return model.p_back(x, t), self._log_r(x, t), None, True
         if t > 1:
             return *self.predicted(x, t), False
-        z = model.xp.zeros((*x.shape, q.outputs))     # the fixed first step knows of x_0 what pi knows:
-        z[..., 1:] = 1                                # v = 0 and u = 1, or log odds 0
-        log_r = self.of_x0(q.p_x0(x, model.xp.full(len(x), 1), z))[0]
+        z = model.xp.zeros((*x.shape, q.outputs))  # the fixed first step knows of x_0 what pi
+        z[..., 1:] = 1                             # knows: v = 0 and u = 1, or log odds 0
+        log_r, _ = self.of_x0(q.p_x0(x, model.xp.full(len(x), 1), z))
         return model.p_back(x, 1), log_r, None, True
 
     def _power(self, t):
         return 1 - t / self.model.T if self.schedule == "annealed" else 1.0
 
     def _log_r(self, x, t):
-        """log r_t(x) (n,) of the schedules that need no network, but for a constant."""
+        """log r_t(x) (n,), up to a constant, of constant and annealed; and of any at t = 0."""
         q, power = self.model.diffusion, self._power(t)
         return (sum(o.log_r(q, x, power) for o in self.observations)
                 + sum(power * f.log_r(x) for f in self.functions))
 
-    def _chain(self, rngs, tick, keep):
+    def _draw(self, p, t, g, multiply, rngs):
+        """x_t from p, tilted by g, or times r_t if multiply; and log p(x_t) less the log density
+        that x_t was drawn from, up to a constant."""
+        xp, q, power, product, log_Z = self.model.xp, self.model.diffusion, self._power(t), p, 0.0
+        observations = self.observations if multiply else ()
+        for o in observations:
+            product, log_Z_o = product.times(*o.factors(q, power))
+            log_Z = log_Z + log_Z_o
+        if multiply and self.functions:
+            g = sum(power * f.gradient(product.mean) for f in self.functions)
+        if g is not None:
+            product, log_Z_g = product.tilted(g)
+            log_Z = log_Z + log_Z_g
+        shape = self.particles, self.model.D
+        noise = np.concatenate([q.distribution.noise(shape, rng) for rng in rngs])
+        x = product.draw(xp.asarray(noise))
+        if self.particles == 1:
+            return x, 0.0
+        log_r = sum(o.log_r(q, x, power) for o in observations)
+        return x, log_Z - (log_r + (0.0 if g is None else (g * x).sum(1)))
+
+    def _draw_batch(self, rngs, tick, keep):
         """x_0 and {t: x_t} of a batch, see DPM.chains; every sample is `particles` rows."""
-        model, xp, q, N, T = self.model, self.model.xp, self.model.diffusion, self.particles, self.model.T
-        n, past, log_w = len(rngs), {}, np.zeros((len(rngs), self.particles))
+        model, xp, n, N = self.model, self.model.xp, len(rngs), self.particles
+        past, log_w = {}, np.zeros((n, N))
 
-        def draw(p, t, g, multiply):
-            """x_t from p times r_t, and log p(x_t) less the log density it was drawn from, but for a constant."""
-            power, log_Z, product, observations = self._power(t), 0.0, p, self.observations if multiply else ()
-            for o in observations:
-                product, log_Z_o = product.times(*o.factors(q, power))
-                log_Z = log_Z + log_Z_o
-            if multiply and self.functions:
-                g = sum(power * f.gradient(product.mean) for f in self.functions)
-            if g is not None:
-                product, log_Z_g = product.tilted(g)
-                log_Z = log_Z + log_Z_g
-            x = product.draw(xp.asarray(np.concatenate([q.distribution.noise((N, model.D), rng) for rng in rngs])))
-            if N == 1:
-                return x, 0.0
-            log_r = sum(o.log_r(q, x, power) for o in observations) + (0.0 if g is None else (g * x).sum(1))
-            return x, log_Z - log_r
+        def choose(log_step, last=False):
+            """The rows that go on, once log_step (n N,) is added to the log weights."""
+            log_w[...] += to_host(log_step).reshape(n, N)
+            rows, drawn = resampled(log_w, rngs, last)
+            log_w[drawn] = 0
+            return xp.asarray(rows)
 
-        x, log_p = draw(q.pi((n * N, model.D)), T, None, self.schedule != "predicted")
-        for t in range(T, -1, -1):
+        pi = model.diffusion.pi((n * N, model.D))
+        x, log_p = self._draw(pi, model.T, None, self.schedule != "predicted", rngs)
+        for t in range(model.T, 0, -1):
             if t in keep:
                 past[t] = x
-            if t > 0:
-                p, log_r, g, multiply = self._step(x, t)
-            elif N > 1:
-                log_r = self._log_r(x, 0)
+            p, log_r, g, multiply = self._step(x, t)
             if N > 1:
-                log_w += to_host(log_p + log_r).reshape(n, N)
-                rows, drawn = resampled(log_w, rngs, last=t == 0)
-                log_w[drawn] = 0
-                rows = xp.asarray(rows)
-                x, past = x[rows], {s: a[rows] for s, a in past.items()}
-                if t > 0:
-                    p, log_r, g = p.take(rows), log_r[rows], None if g is None else g[rows]
-            if t > 0:
-                x, log_p = draw(p, t - 1, g, multiply)
-                log_p = log_p - log_r
-                tick()
+                rows = choose(log_p + log_r)
+                past = {s: a[rows] for s, a in past.items()}
+                p, log_r, g = p.take(rows), log_r[rows], None if g is None else g[rows]
+            x, log_p = self._draw(p, t - 1, g, multiply, rngs)
+            log_p = log_p - log_r
+            tick()
+        if 0 in keep:
+            past[0] = x
+        if N > 1:
+            rows = choose(log_p + self._log_r(x, 0), last=True)
+            x, past = x[rows], {s: a[rows] for s, a in past.items()}
         return x, past
 
 
 def resampled(log_w, rngs, last=False):
-    """Which particles go on, as rows of all n N, for weights log_w (n, N), and which of the n samples were
-    drawn anew: those whose effective number is below N / 2, by systematic resampling. At the last
-    step one particle of each sample is drawn, (n,)."""
+    """Systematic resampling of the n samples whose effective number of particles is below N / 2,
+    for weights log_w (n, N). Returns which particles go on, as rows of all n N, and which samples
+    were drawn anew (n,). last: one particle of each sample is drawn, and the rows are (n,)."""
     (n, N), w = log_w.shape, softmax(log_w, axis=1)
     u = np.array([[rng.random()] for rng in rngs])
-    first = N * np.arange(n)[:, None]
+    start = N * np.arange(n)[:, None]
     if last:
-        return (first + pick(w, u)).ravel(), np.ones(n, bool)
+        return (start + pick(w, u)).ravel(), np.ones(n, bool)
     low = 1 / (w ** 2).sum(1) < N / 2
     chosen = np.where(low[:, None], pick(w, (np.arange(N) + u) / N), np.arange(N))
-    return (first + chosen).ravel(), low
+    return (start + chosen).ravel(), low
 
 
 def pick(w, points):
-    """Which particle's part of [0, 1) each of the points (n, P) lies in, for weights w (n, N): (n, P)."""
+    """Which particle's part of [0, 1) each point (n, P) lies in, for weights w (n, N): (n, P)."""
     ends = np.cumsum(w, axis=1) / w.sum(1, keepdims=True)
     return np.minimum((points[:, :, None] >= ends[:, None]).sum(2), w.shape[1] - 1)
 
@@ -2039,14 +2034,14 @@ FORMAT = 4
 
 
 def save(model, path, adam=None, half=False):
-    """Writes the model, and the state of its training if adam is given. half: weights in half precision,
-    for a model to be shipped."""
-    q = model.diffusion
-    config = dict(diffusion=type(q).__name__, of_diffusion=q.config, shape=model.shape, dtype=str(model.dtype),
-                  shares=model.threads * model.comm.size, learned=model.learned is not None, about=model.about)
+    """Writes the model, and the state of its training if adam is given. half: weights in half
+    precision, for a model to be shipped. OSError if it cannot be written."""
+    q, theta = model.diffusion, to_host(model.theta)
+    config = dict(diffusion=type(q).__name__, of_diffusion=q.config, shape=model.shape,
+                  dtype=str(model.dtype), shares=model.threads * model.comm.size,
+                  learned=model.learned is not None, about=model.about)
     content = dict(format=FORMAT, config=json.dumps(config), alpha_bar=to_host(q.alpha_bar),
                    shift=model.shift, scale=model.scale)
-    theta = to_host(model.theta)
     if adam:
         content |= dict(theta=theta, average=to_host(adam.average), m=to_host(adam.m),
                         v=to_host(adam.v), step=adam.step)
@@ -2059,36 +2054,37 @@ def save(model, path, adam=None, half=False):
 
 
 def build(diffusion, shape, network, sizes, predict="v", learned=False, **options):
-    """A DPM from a diffusion, the name and sizes of its network and what it prints: v, eps, or paper.
-    options are DPM's."""
+    """A DPM of a diffusion, data of shape (H, W, C), a network by its name and its sizes (a dict of
+    arguments), and what it prints of numbers: v, eps or paper. learned: beta_t too. options are
+    DPM's. InputError for what does not go together."""
     H, W, C = shape
     if learned and (not isinstance(diffusion, Gaussian) or diffusion.discretised):
         raise InputError("a learned schedule is for numbers, with the fixed first step")
     if network not in NETWORKS:
         raise InputError(f"no network '{network}': choose {', '.join(NETWORKS)}")
-    if network == "paper":
-        first, last = (float(diffusion.level[t]) for t in (1, -1))  # a learned schedule ends below 10
-        sizes = dict(sizes, pixels=H * W, first=first, last=10.0 if learned else last)
-    if predict == "paper" and (diffusion.discretised or getattr(diffusion, "variance", "learned") != "learned"):
+    variance = getattr(diffusion, "variance", "learned")
+    if predict == "paper" and (diffusion.discretised or variance != "learned"):
         raise InputError("the paper's kernel has its own variance (eq. 64) and no decoder")
     if predict == "eps" and float(diffusion.alpha_bar[-1]) == 0:
         raise InputError("eps^ says nothing of x_0 where alpha_bar_T = 0: predict v")
+    if network == "paper":
+        first, last = (float(diffusion.level[t]) for t in (1, -1))
+        sizes = dict(sizes, pixels=H * W, first=first, last=10.0 if learned else last)
     readout = READOUTS["bits" if isinstance(diffusion, Binomial) else predict]()
     made = NETWORKS[network](C, readout, diffusion.outputs, **sizes)
-    schedule = None
-    if learned:
-        schedule = LearnedSchedule(diffusion.T, 1 - float(diffusion.alpha_bar[1]), diffusion.xp)
+    beta_1 = 1 - float(diffusion.alpha_bar[1])
+    schedule = LearnedSchedule(diffusion.T, beta_1, diffusion.xp) if learned else None
     return DPM(diffusion, made, shape, learned=schedule, **options)
 
 
 def load(path, xp=np, threads=None, comm=None):
-    """The model in a checkpoint, with its averaged weights. InputError if the file is missing, damaged or
-    of another version."""
+    """The model in a checkpoint, with averaged weights. InputError if it is missing or damaged."""
     return _read(path, xp, "average", threads, comm)[0]
 
 
 def resume(path, xp=np, comm=None, **options):
-    """The model in a checkpoint as its training left it, and the Adam to go on with; options are Adam's."""
+    """The model in a checkpoint as its training left it, and the Adam to go on with; options are
+    Adam's. InputError as for load, and if the number of ranks does not fit."""
     model, content = _read(path, xp, "theta", None, comm)
     adam = Adam(model.theta, xp, **options)
     for name in ("average", "m", "v"):
@@ -2098,53 +2094,57 @@ def resume(path, xp=np, comm=None, **options):
 
 
 def _read(path, xp, weights, threads, comm):
+    """The model in a checkpoint, with the weights of this name, and all that the file holds."""
+
+    def require(right, problem):
+        if not right:
+            raise ValueError(problem)
+
     try:
         with open(path, "rb") as file:
-            if file.read(2) != b"PK":
-                raise ValueError("not an .npz file")
+            require(file.read(2) == b"PK", "not an .npz file")
         with np.load(path, allow_pickle=False) as file:
             content = {name: file[name] for name in file.files}
         if int(content["format"]) != FORMAT:
-            raise InputError(f"{path}: a checkpoint of format {int(content['format'])}, this program reads "
-                             f"{FORMAT}; train it anew")
+            raise InputError(f"{path}: a checkpoint of format {int(content['format'])}, this "
+                             f"program reads {FORMAT}; train it anew")
         if weights not in content:
-            raise InputError(f"{path}: holds a finished model without the state of its training; it "
-                             "cannot be resumed")
+            raise InputError(f"{path}: holds a finished model without the state of its training; "
+                             "it cannot be resumed")
         config = json.loads(str(content["config"]))
-        alpha_bar, shift, scale = content["alpha_bar"], float(content["shift"]), float(content["scale"])
         for name in {weights, "average", "m", "v", "alpha_bar"} & set(content):
-            if content[name].dtype.kind != "f" or not np.isfinite(content[name]).all():
-                raise ValueError(f"{name} is not made of finite numbers")
-        if alpha_bar.ndim != 1 or len(alpha_bar) < 3 or alpha_bar[0] != 1 or not (
-                np.diff(alpha_bar) < 0).all() or alpha_bar[-1] < 0:
-            raise ValueError("alpha_bar does not fall from 1 towards 0")
-        if not (math.isfinite(shift) and 0 < scale < math.inf):
-            raise ValueError(f"shift {shift} and scale {scale}")
+            require(content[name].dtype.kind == "f" and np.isfinite(content[name]).all(),
+                    f"{name} is not made of finite numbers")
+        alpha_bar = content["alpha_bar"]
+        require(alpha_bar.ndim == 1 and len(alpha_bar) > 2 and alpha_bar[0] == 1
+                and (np.diff(alpha_bar) < 0).all() and alpha_bar[-1] >= 0,
+                "alpha_bar does not fall from 1 towards 0")
+        shift, scale = float(content["shift"]), float(content["scale"])
+        require(math.isfinite(shift) and 0 < scale < math.inf, f"shift {shift} and scale {scale}")
         shape, dtype, about = config["shape"], config["dtype"], config["about"]
-        if dtype not in ("float32", "float64") or len(shape) != 3 or not all(
-                isinstance(side, int) and 0 < side < 1 << 16 for side in shape):
-            raise ValueError(f"shape {shape}, dtype {dtype}")
-        made = {"Gaussian": Gaussian, "Binomial": Binomial}[config["diffusion"]]
-        diffusion = made(alpha_bar, xp, **config["of_diffusion"])
-        theta = content[weights].astype(dtype)
-        if weights == "theta":          # the steps of its training depend on the number of shares
-            comm = comm or Alone()
-            if type(config["shares"]) is not int or not 1 <= config["shares"] <= 4096:
-                raise ValueError(f"{config['shares']} shares")
-            if config["shares"] % comm.size:
-                raise InputError(f"{path}: was trained in {config['shares']} shares, which {comm.size} ranks "
+        require(dtype in ("float32", "float64") and len(shape) == 3
+                and all(isinstance(side, int) and 0 < side < 1 << 16 for side in shape),
+                f"shape {shape}, dtype {dtype}")
+        if weights == "theta":  # the steps of its training depend on the number of shares
+            comm, shares, step = comm or Alone(), config["shares"], content["step"]
+            require(type(shares) is int and 1 <= shares <= 4096, f"{shares} shares")
+            if shares % comm.size:
+                raise InputError(f"{path}: was trained in {shares} shares, which {comm.size} ranks "
                                  "cannot divide")
-            threads = config["shares"] // comm.size
+            threads = shares // comm.size
             shapes = {content[name].shape for name in ("theta", "average", "m", "v")}
-            if len(shapes) > 1 or (content["v"] < 0).any() or content["step"].dtype.kind != "i" or content["step"] < 0:
-                raise ValueError("the state of its training does not fit together")
-        model = build(diffusion, shape, about["network"], about["sizes"], about["predict"], config["learned"],
-                      shift=shift, scale=scale, about=about, threads=threads, dtype=dtype,
-                      theta=xp.asarray(theta), comm=comm)
+            require(len(shapes) == 1 and (content["v"] >= 0).all() and step.dtype.kind == "i"
+                    and step >= 0, "the state of its training does not fit together")
+        made = {"Gaussian": Gaussian, "Binomial": Binomial}[config["diffusion"]]
+        model = build(made(alpha_bar, xp, **config["of_diffusion"]), shape, about["network"],
+                      about["sizes"], about["predict"], config["learned"], shift=shift,
+                      scale=scale, about=about, threads=threads, dtype=dtype,
+                      theta=xp.asarray(content[weights].astype(dtype)), comm=comm)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except InputError:
         raise
     except Exception as error:  # of damaged files readers raise almost anything
-        raise InputError(f"{path}: not a checkpoint, or a damaged one ({first_line(error)})") from None
+        problem = f"not a checkpoint, or a damaged one ({first_line(error)})"
+        raise InputError(f"{path}: {problem}") from None
     return model, content

@@ -291,7 +291,8 @@ def report(model, args, truth, given, unknown, samples):
 def main():
     args = arguments()
     check(args)
-    free, checkpoint, xp = args.mode == "samples", find_checkpoint(args.checkpoint), dpm.backend(args.gpu)
+    free, checkpoint = args.mode == "samples", find_checkpoint(args.checkpoint)
+    xp = dpm.backend(args.gpu)
     model = train.load(checkpoint, xp, train.ranks(xp))
     say = print if model.comm.rank == 0 else lambda *_, **__: None
     kind, T, shape, dataset = figures.kind_of(model), model.T, model.shape, None
