@@ -63,8 +63,8 @@ class InputError(ValueError):
 
 
 def first_line(error):
-    """What an exception says, or its name if it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """What an exception says, or its name if it says nothing; not all the bytes of a damaged file."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def backend(gpu=None):

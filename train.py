@@ -185,11 +185,20 @@ def train(model, adam, dataset, out):
     log_every, leads = max(1, steps // 200), model.comm.rank == 0
     tables, mean = dpm.objective(about["objective"], q), xp.full((1, D), dataset.mean)
     checkpoint, stopped, saved_step, recent, norm = out / "checkpoint.npz", [], 0, [], 0.0
+    unlogged = np.array(about.get("unlogged", [0.0] * 6))  # sums since the last line of the log
     begun, saved_at = time.perf_counter() - about.get("seconds", 0.0), -math.inf
 
+    def add_up():
+        for t, kl in recent:
+            t, kl = dpm.to_host(t), dpm.to_host(kl)
+            quarter = np.clip((t - 2) * 4 // (T - 1), 0, 3)
+            unlogged[:] += [len(kl), kl.sum(), *(kl[quarter == i].sum() for i in range(4))]
+        recent.clear()
+
     def save():
+        add_up()
         about.update(trained_steps=adam.step, seconds=round(time.perf_counter() - begun, 1),
-                     device=device_name(xp))
+                     device=device_name(xp), unlogged=unlogged.tolist())
         if leads:
             dpm.save(model, checkpoint, adam)
 
@@ -211,24 +220,24 @@ def train(model, adam, dataset, out):
             if xp is np or line_is_due:  # so as not to wait for a GPU at every step
                 check_finite(norm)
             if line_is_due:
-                t, kl = (dpm.to_host(xp.concatenate(parts)) for parts in zip(*recent))
-                climbed = gain(model.diffusion, mean, D) - kl.mean()
-                quarter = np.clip((t - 2) * 4 // (T - 1), 0, 3)
+                add_up()
+                examples, kl, *quarters = unlogged
+                climbed = gain(model.diffusion, mean, D) - kl / examples
                 row = [adam.step, f"{time.perf_counter() - begun:.1f}", f"{climbed / LN2:.5g}",
-                       *(f"{-np.sum(kl[quarter == i]) / len(kl) / LN2:.5g}" for i in range(4))]
+                       *(f"{-quarter / examples / LN2:.5g}" for quarter in quarters)]
                 if leads:
                     log(out / "log.csv", row)
                 shown.set_postfix_str(progress_note(model, climbed), refresh=False)
-                recent = []
+                unlogged[:] = 0
                 if time.perf_counter() - saved_at > SAVE_EVERY:
                     save()
                     saved_at, saved_step = time.perf_counter(), adam.step
     check_finite(norm)
     save()
-    model.comm.sum(np.zeros(1))  # no rank goes on before the checkpoint is there
+    stop = model.comm.sum(np.array([len(stopped)]))[0]  # and no rank goes on before the checkpoint is there
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if stopped:
+    if stop:
         if leads:
             print(f"stopped at step {adam.step}; go on with: python train.py --resume {out}")
         sys.exit(130)
@@ -614,6 +623,9 @@ def check_about(about, path):
         for name in names.split():
             if name not in about or not isinstance(about[name], kind):
                 raise dpm.InputError(f"{path}: a damaged checkpoint, its {name} is {str(about.get(name)):.50}")
+    sums = about.get("unlogged", [0.0] * 6)
+    if not (isinstance(sums, list) and len(sums) == 6 and all(isinstance(s, float) for s in sums)):
+        raise dpm.InputError(f"{path}: a damaged checkpoint, its unlogged sums are {str(sums):.50}")
 
 
 def load_for(model):
