@@ -996,7 +996,7 @@ class Velocity:
 
     def forward(self, z, x, tape):
         y = z.copy()
-        y[..., 1::2] = tape.xp.exp(z[..., 1::2])
+        y[..., 1::2] = tape.xp.exp(tape.xp.minimum(z[..., 1::2], 20))  # untrained, far off: finite
         tape.saved.append(y)
         return y
 

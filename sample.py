@@ -25,7 +25,7 @@ from data import figures
 
 SHIPPED = pathlib.Path(__file__).parent / "data" / "mnist" / "model.npz"
 DEFAULT_STEPS = dict(images=50, sequences=None, points=None)    # of posteriors; None: all T
-DEFAULT_FREE_STEPS = None                                       # of free samples
+DEFAULT_FREE_STEPS = dict(images=250, sequences=None, points=None)   # of free samples
 NUMBER = dict(images=64, sequences=40, points=2000)             # of free samples
 GIVEN = 8                       # how many test examples are completed or denoised
 SHOWN = 1024                    # images or sequences in a picture, at most
@@ -50,7 +50,7 @@ def arguments():
     g.add_argument("--seed", metavar="N", type=int, default=0,
                    help="sample k depends on this and on k alone (0)")
     g.add_argument("--steps", metavar="S", type=int, help="make so many of the T steps (posteriors "
-                   f"of images: {DEFAULT_STEPS['images']}; else all)")
+                   f"of images: {DEFAULT_STEPS['images']}; free images: {DEFAULT_FREE_STEPS['images']}; else all)")
     g.add_argument("--eta", metavar="X", type=float,
                    help="noise of the steps: 1 the model's, 0 none, which is DDIM (1)")
     g = p.add_argument_group("posterior samples, from p(x) r(x)")
@@ -305,7 +305,7 @@ def main():
         raise dpm.InputError("--eta is for numbers: bits have no path without noise")
     if args.steps is not None:
         model = model.shortened(args.steps)
-    elif S := DEFAULT_FREE_STEPS if free else DEFAULT_STEPS[kind]:
+    elif S := (DEFAULT_FREE_STEPS if free else DEFAULT_STEPS)[kind]:
         model = model.shortened(min(S, T))
 
     number = args.number or (NUMBER[kind] if free else GIVEN)

@@ -8,26 +8,35 @@ Sohl-Dickstein et al. 2015, DDPM is Ho et al. 2020, DDIM is Song et al. 2020.
 """
 import dpm  # first: it keeps BLAS to one thread, before numpy starts it
 
+import contextlib
+import io
 import json
 import math
 import operator
 import os
 import pathlib
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 import types
+import warnings
 from decimal import Decimal, getcontext
 
 import numpy as np
 import pytest
+from PIL import Image
 from pytest import approx
 from scipy.signal import correlate2d
 from scipy.special import log_ndtr, ndtr, softmax
 
 import data
+import sample
 import train
+from data import figures
 
 HERE = pathlib.Path(__file__).parent
 LN2 = math.log(2)
@@ -879,7 +888,8 @@ def test_at_initialisation_K_is_L_null(kind, network, shape):
     x0 = rng(9).standard_normal((6, model.D)) * np.array([[0.5, 0.5, 1, 1, 2, 2]]).T
     signs = np.sign(rng(10).standard_normal(x0.shape))
     found = model.bound(np.concatenate([x0, x0]), Signs(np.concatenate([signs, -signs])))
-    each = found["K_each"].reshape(2, 6).mean(0)
+    a, each = model.diffusion.alpha_bar[2:], found["K_each"].reshape(2, 6).mean(0)
+    close(found["distortion"][2:], (1 - a) ** 2 * (x0 ** 2).mean() + a * (1 - a))  # x_0^ = cos x_t
     close(each, -0.5 * (x0 ** 2 + math.log(2 * math.pi)).sum(1))
     assert found["K_minus_L_null"] == approx(0, abs=1e-8)
     assert found["L_null"] == approx(each.mean())
@@ -1966,9 +1976,9 @@ def test_gpu_agrees_with_cpu(where, network, shape, q, options, tmp_path, monkey
 
 
 @pytest.mark.parametrize("dataset, flags", [
-    ("swissroll", "--schedule learned"), ("heartbeat", ""), ("digits.npy", ""),
-    ("digits.npy", "--network paper --predict paper"),
-    ("digits.npy", "--decoder discretised --objective simple --predict eps --schedule linear")])
+    ("swissroll", "--schedule learned"), ("heartbeat", "--no-evaluate"), ("digits.npy", ""),
+    ("digits.npy", "--network paper --no-evaluate"),
+    ("digits.npy", "--decoder discretised --objective simple --variance beta --no-evaluate")])
 def test_training_on_the_stand_in(dataset, flags, cupy, tmp_path, monkeypatch):
     """train.py --gpu from data to figures: no step of it mixes host and device."""
     monkeypatch.chdir(tmp_path)
@@ -1981,8 +1991,10 @@ def test_training_on_the_stand_in(dataset, flags, cupy, tmp_path, monkeypatch):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    result, = pathlib.Path("runs").glob("*/result.json")
-    assert json.loads(result.read_text())["device"] == "stand-in" and cupy.used <= IN_CUPY
+    run, = pathlib.Path("runs").iterdir()
+    assert (run / "checkpoint.npz").exists() and cupy.used <= IN_CUPY
+    if "--no-evaluate" not in flags:
+        assert json.loads((run / "result.json").read_text())["device"] == "stand-in"
 
 
 # Looked up in CuPy 14, in cupy, cupy.random and cupy.cuda
@@ -1996,3 +2008,649 @@ def test_the_list_of_cupys_names():
     cupy = pytest.importorskip("cupy")
     assert all(hasattr(cupy, name) for name in IN_CUPY)
     assert hasattr(cupy.random, "Philox4x3210") and hasattr(cupy.random, "Generator")
+
+
+# -------------------------------------------------------------------------------------------------
+# The scripts, as their users run them
+# -------------------------------------------------------------------------------------------------
+
+def call(script, *arguments, cwd):
+    """A script in this process, which saves its start: its status, stdout and stderr."""
+    main = dict(train=train, sample=sample)[script].main
+    out, err, before, argv = io.StringIO(), io.StringIO(), os.getcwd(), sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    os.chdir(cwd)
+    sys.argv = [f"{script}.py", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+                warnings.catch_warnings():
+            train.run(main)
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return types.SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
+
+
+def done(*arguments, cwd):
+    result = call(*arguments, cwd=cwd)
+    assert result.status == 0, (arguments, result.err)
+    return result
+
+
+def refuses(says, *arguments, cwd, script="train"):
+    """The script ends with one line on stderr that has the phrase `says`, and with status 2."""
+    result = call(script, *arguments, cwd=cwd)
+    lines = result.err.splitlines()
+    assert result.status == 2 and len(lines) == 1 and lines[0].startswith("error: ") and \
+        says in lines[0] and lines[0].isprintable() and len(lines[0]) < 500, (arguments, result)
+
+
+def process(*arguments, cwd, **options):
+    script = [sys.executable, HERE / "train.py"]
+    return subprocess.Popen([*map(str, script), *map(str, arguments)], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def ended(running):
+    out, err = running.communicate(timeout=200)
+    return types.SimpleNamespace(status=running.returncode, out=out, err=err)
+
+
+def wait_for(condition, running):
+    while not condition():
+        assert running.poll() is None, ended(running)
+        time.sleep(0.005)
+
+
+def small_digits():
+    """The middle of 400 digits, every other pixel: images of 8 x 8."""
+    return data.load("mnist").train[:400].reshape(-1, 28, 28)[:, 6:22:2, 6:22:2]
+
+
+TINY = "--timesteps", 8, "--threads", 2
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with small data and four trained runs: of images, points with a learned schedule,
+    bits, and crops of colour pictures by DDPM's recipe. Its `said` is what they printed."""
+    place = tmp_path_factory.mktemp("place")
+    np.save(place / "digits.npy", small_digits())
+    (place / "colours").mkdir()
+    for i in range(24):
+        picture = rng(i).integers(0, 256, (3, 3, 3)).astype(np.uint8)
+        Image.fromarray(picture).resize((12, 12)).save(place / "colours" / f"{i}.png")
+    runs = [("--dataset", "digits.npy", "--steps", 60, "--batch-size", 8),
+            ("--schedule", "learned", "--steps", 20, "--batch-size", 64, "--out", "runs/roll"),
+            ("--dataset", "heartbeat", "--steps", 20, "--batch-size", 64),
+            ("--dataset", "colours", "--crop", 8, "--flips", "--steps", 4, "--batch-size", 4,
+             "--objective", "simple", "--variance", "beta", "--predict", "eps",
+             "--schedule", "linear", "--no-evaluate")]
+    said = [done("train", *run, *TINY, cwd=place) for run in runs]
+    return types.SimpleNamespace(path=place, runs=place / "runs", said=said)
+
+
+def result_of(run):
+    return json.loads((run / "result.json").read_text())
+
+
+def test_train_leaves_everything(place):
+    figures_of = dict(digits={"samples.png", "rate.png", "figure3.png"},
+                      roll={"figure1.png", "schedule.png", "forgetting.png"},
+                      heartbeat={"figure2.png", "forgetting.png"})
+    for name, special in figures_of.items():
+        run = place.runs / name
+        assert {p.name for p in run.iterdir()} == special | {
+            ".lock", "checkpoint.npz", "log.csv", "result.json", "training.png", "kl.png",
+            "entropy.png"}
+        r = result_of(run)
+        assert r["K_bits"] == pytest.approx(
+            -sum(r["kl_bits"]) + r["H_q_T_bits"] - r["H_q_1_bits"] - r["H_p_T_bits"])
+        assert r["K_minus_L_null_bits"] == pytest.approx(r["K_bits"] - r["L_null_bits"])
+        assert r["entropy_lower_bits"] < r["entropy_upper_bits"] and r["K_bits_se"] > 0
+        log = np.genfromtxt(run / "log.csv", delimiter=",", names=True)
+        assert log.dtype.names == tuple(train.COLUMNS)
+        assert log["step"].tolist() == list(range(1, r["steps"] + 1)) and np.isfinite(
+            log["K_minus_L_null_bits"]).all()
+        for picture in run.glob("*.png"):
+            with Image.open(picture) as opened:
+                assert np.asarray(opened.convert("L")).std() > 1
+    assert {p.name for p in (place.runs / "colours").iterdir()} == {
+        ".lock", "checkpoint.npz", "log.csv"}
+    for name in ("roll", "heartbeat"):
+        r = result_of(place.runs / name)
+        assert r["K_star_bits_se"] == pytest.approx(
+            math.hypot(r["K_bits_se"], r["K_star_minus_K_bits_se"]))
+        assert r["K_bits"] < r["K_star_bits"] < r["L_true_bits"] + 3 * r["K_star_bits_se"]
+        estimates = [r[f"estimate_{S}_bits"] for S in (1, 10, 100, 1000)]
+        assert estimates == sorted(estimates)
+    r = result_of(place.runs / "digits")
+    assert r["bits_per_dim"] == pytest.approx(math.log2(r["scale"]) - r["K_bits"] / 64)
+    assert r["K_learned_bits"] == pytest.approx(r["K_bits"]) and r["K_beta_bits"] < 0
+    assert r["frechet"] > 0 and r["frechet_test"] > 0 and r["dataset"] == str(
+        place.path / "digits.npy")
+    psi = np.load(place.runs / "roll" / "checkpoint.npz")["alpha_bar"]
+    assert np.abs(psi / dpm.LearnedSchedule(8, 1 - psi[1]).forward(np.zeros(8)) - 1).max() > 1e-4
+
+
+def test_what_is_printed(place):
+    """First what was assumed of the data, at the end what to try next; no long line and no bar
+    where nobody watches."""
+    digits, roll, heartbeat, colours = (said.out.splitlines() for said in place.said)
+    assert digits[0] == ("digits.npy: 360 training and 40 held-out examples of 8 x 8 x 1, bytes "
+                         "0..255, dequantised")
+    assert "next: python sample.py --checkpoint runs/digits --inpaint" == digits[-1]
+    assert any("bits/dim" in line for line in digits) and any("K*" in line for line in roll)
+    assert not any("evaluating" in line for line in colours)
+    for said in place.said:
+        text = said.out + said.err
+        assert max(map(len, text.splitlines())) < 200 and "\r" not in text
+        assert len(said.err.splitlines()) < 4
+
+
+def test_a_bar_in_a_file_is_a_line_a_minute(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    now = [0.0]
+    shown = train.bar(range(600), "steps")
+    shown._time = lambda: now[0]
+    shown.start_t = shown.last_print_t = 0.0
+    for _ in shown:
+        now[0] += 1                                 # ten minutes
+    lines = sys.stderr.getvalue().splitlines()
+    assert 8 <= len(lines) <= 11 and "\r" not in sys.stderr.getvalue()
+    assert all(line.startswith("steps: ") and len(line) <= 100 for line in lines)
+
+
+def test_help_is_one_screen():
+    for script in ("train", "sample"):
+        text = done(script, "--help", cwd=HERE).out
+        assert len(text.splitlines()) <= 70 and max(map(len, text.splitlines())) <= 110
+
+
+def test_evaluate_again_and_compare(place):
+    """Evaluated again, a run has the same numbers; with --steps also those of shorter chains; with
+    a discretised decoder they are L_T, the L_t and L_0; of several runs there is a table."""
+    before = result_of(place.runs / "digits")
+    done("train", "--dataset", "digits.npy", "--decoder", "discretised", "--steps", 3, *TINY,
+         "--batch-size", 8, "--out", "runs/decoder", "--no-evaluate", cwd=place.path)
+    said = done("train", "--evaluate", "runs/digits", "runs/decoder", "--steps", 4, 8,
+                cwd=place.path)
+    after, decoder = (result_of(place.runs / name) for name in ("digits", "decoder"))
+    assert after["K_bits"] == pytest.approx(before["K_bits"], rel=1e-6)
+    assert after["kl_bits"] == pytest.approx(before["kl_bits"], rel=1e-6)
+    assert [chain["steps"] for chain in after["chains"]] == [4, 8]
+    assert after["chains"][0]["K_bits"] != after["chains"][1]["K_bits"]
+    assert after["chains"][1]["K_bits"] == pytest.approx(after["K_bits"])
+    assert set(after["chains"][0]) == {"steps", "K_bits", "bits_per_dim", "frechet",
+                                       "frechet_test", "frechet_steps"}
+    assert (place.runs / "digits" / "steps.png").exists()
+    assert decoder["K_bits"] == pytest.approx(-decoder["L_T_bits"] - sum(decoder["kl_bits"]))
+    assert decoder["bits_per_dim"] == pytest.approx(-decoder["K_bits"] / 64)
+    assert "- L_0" in said.out and "discrete" in said.out
+    rows = [line.split() for line in said.out.splitlines() if line.startswith("digits.npy  ")]
+    assert len(rows) == 2 and (place.runs / "comparison.png").exists()
+    assert {row[4] for row in rows} == {f"{r['K_bits']:.4f}" for r in (after, decoder)}
+
+
+# Stopped, and resumed
+
+STRAIGHT = ("--schedule", "learned", "--steps", 1000, "--timesteps", 8, "--batch-size", 64,
+            "--seed", 5, "--no-evaluate")
+
+
+def arrays_of(run):
+    with np.load(run / "checkpoint.npz") as file:
+        return {name: file[name] for name in ("theta", "average", "m", "v", "step", "alpha_bar")}
+
+
+def numbers_of(run):
+    """The log, but for the seconds."""
+    rows = [line.split(",") for line in (run / "log.csv").read_text().splitlines()]
+    return [row[:1] + row[2:] for row in rows]
+
+
+def logged(run):
+    return (run / "log.csv").read_text().count("\n") - 1 if (run / "log.csv").exists() else 0
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that was never stopped, of two threads."""
+    path = tmp_path_factory.mktemp("straight")
+    done("train", *STRAIGHT, "--threads", 2, "--out", "run", cwd=path)
+    return path / "run"
+
+
+def same(run, straight):
+    ours, theirs = arrays_of(run), arrays_of(straight)
+    for name in theirs:
+        assert (ours[name] == theirs[name]).all(), name
+    assert numbers_of(run) == numbers_of(straight)
+
+
+def test_stopped_in_the_middle_and_resumed_bit_for_bit(straight, tmp_path):
+    """Killed, interrupted (twice at once), and terminated: then the same bits as if never stopped.
+    While it runs, a second process is refused."""
+    run, steps = tmp_path / "run", []
+    flags = [*STRAIGHT, "--threads", 2, "--out", "run"]
+    for how in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
+        running = process(*flags, cwd=tmp_path)
+        for _ in range(2):                          # lines that come when the log has been cut
+            running.stdout.readline()
+        rows = logged(run)
+        wait_for(lambda: logged(run) > rows + 8 and (run / "checkpoint.npz").exists(), running)
+        if how == signal.SIGKILL:
+            refuses("in use by another process", "--resume", "run", cwd=tmp_path)
+        running.send_signal(how)
+        if how == signal.SIGINT:
+            running.send_signal(how)
+        end, step = ended(running), int(arrays_of(run)["step"])
+        assert 0 < step < 1000 and end.err == ""
+        if how != signal.SIGKILL:
+            assert end.status == 130 and step > steps[-1]
+            assert f"stopped at step {step}; go on with: python train.py --resume run" in end.out
+        steps.append(step)
+        flags = ["--resume", "run", "--no-evaluate"]
+    done("train", *flags, cwd=tmp_path)
+    same(run, straight)
+
+
+def test_a_stop_while_evaluating(place):
+    running = process("--evaluate", "runs/digits", cwd=place.path)
+    assert "evaluating" in running.stdout.readline()
+    for _ in range(2):
+        running.send_signal(signal.SIGINT)
+    end = ended(running)
+    assert (end.status, end.err) == (130, "stopped\n")
+
+
+def test_a_loss_that_turns_nan(tmp_path):
+    """One line, without NumPy's warnings, and the last good checkpoint is kept."""
+    end = ended(process("--lr", "1e30", "--steps", 200, "--timesteps", 8, cwd=tmp_path))
+    assert end.status == 2 and end.err.count("\n") == 1, end.err
+    assert "the gradient of the loss is" in end.err and "smaller --lr" in end.err
+    checkpoint = tmp_path / "runs" / "swissroll" / "checkpoint.npz"
+    assert not checkpoint.exists() or all(np.isfinite(a).all() for a in
+                                          arrays_of(checkpoint.parent).values())
+    refuses("--lr must be a positive number", "--lr", "inf", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("room, names", [(30_000, "checkpoint.npz"), (10, "log.csv")])
+def test_a_full_disk_loses_no_checkpoint(straight, tmp_path, room, names):
+    """No file may grow beyond so many bytes (those of the log, and `room`)."""
+    resource = pytest.importorskip("resource")
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    before, most = (run / "checkpoint.npz").read_bytes(), (run / "log.csv").stat().st_size + room
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    end = ended(process("--resume", "run", "--steps", 1005, cwd=tmp_path, preexec_fn=limit))
+    assert end.status == 2 and end.err.count("\n") == 1 and names in end.err, end.err
+    assert (run / "checkpoint.npz").read_bytes() == before and not list(run.glob(".part-*"))
+
+
+def test_no_room_is_found_before_the_computing(straight, tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    shutil.copytree(straight, tmp_path / "run")
+    for script, flags, names in [("train", ("--evaluate", "run"), "run/result.json"),
+                                 ("sample", ("--checkpoint", "run", "--out", "a"), "a.png")]:
+        refuses(f"No space left on device; {names} cannot be written", *flags, script=script,
+                cwd=tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"run"}
+
+
+def ranks_of(out):
+    """The processes that train into `out`, without mpiexec and its helpers."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if b"python" in words[0] and str(out).encode() in words:
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_two_ranks_of_a_script_are_two_threads(straight, place, tmp_path):
+    """mpiexec -n 2 with a thread each makes the bits of two threads; a rank that dies ends the run
+    and leaves its checkpoint; so does a resume; the bound is the same."""
+    pytest.importorskip("mpi4py")
+    mpiexec = shutil.which("mpiexec") or shutil.which("mpiexec", path=pathlib.Path(
+        sys.executable).parent)
+    if not mpiexec or not os.path.isdir("/proc/self"):
+        pytest.skip("no mpiexec here")
+    run = tmp_path / "run"
+    environment = os.environ | dict(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
+                                    OMPI_MCA_rmaps_base_oversubscribe="1")
+
+    def several(number, *flags, cwd=tmp_path):
+        return subprocess.Popen([mpiexec, "-n", str(number), sys.executable, HERE / "train.py",
+                                 *map(str, flags)], cwd=cwd, env=environment, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    running = several(2, *STRAIGHT, "--threads", 1, "--out", run)
+    wait_for(lambda: logged(run) > 8 and (run / "checkpoint.npz").exists(), running)
+    os.kill(ranks_of(run)[1], signal.SIGKILL)
+    assert ended(running).status != 0 and 0 < arrays_of(run)["step"] < 1000
+    end = ended(several(3, "--resume", run))
+    assert end.status != 0 and end.err.count("which 3 ranks cannot divide") == 1
+    end = ended(several(2, "--resume", run, "--threads", 1, "--no-evaluate"))
+    assert end.status == 0 and end.out.count("next:") == 1, end.err
+    same(run, straight)
+    before = result_of(place.runs / "digits")
+    end = ended(several(2, "--evaluate", "runs/digits", cwd=place.path))
+    after = result_of(place.runs / "digits")
+    assert end.status == 0 and end.out.count("evaluating") == 1, end.err
+    assert after["kl_bits"] == pytest.approx(before["kl_bits"], rel=1e-6)
+    assert after["frechet"] == pytest.approx(before["frechet"], rel=1e-4)
+
+
+# sample.py
+
+def drawn(place, *flags, run="digits", out="a", cwd=None):
+    """The arrays that sample.py leaves."""
+    cwd = cwd or place.path
+    said = done("sample", "--checkpoint", place.runs / run, "--out", out, *flags, cwd=cwd)
+    with np.load(cwd / f"{out}.npz") as file, Image.open(cwd / f"{out}.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 1
+        return types.SimpleNamespace(said=said.out, **file)
+
+
+def test_free_samples(place):
+    a, b, c = (drawn(place, "--number", 3, "--seed", seed) for seed in (0, 0, 1))
+    assert a.samples.shape == a.nearest.shape == (3, 64) and (a.samples == b.samples).all()
+    assert (a.samples != c.samples).all() and "nearest training image" in a.said
+    raw = np.load(place.path / "digits.npy").reshape(-1, 1, 64)
+    assert (np.floor(a.nearest + 1e-6) == raw).all(2).any(0).all()     # each is one of the digits
+    still, again = (drawn(place, "--number", 3, "--eta", 0).samples for _ in range(2))
+    assert (still == again).all() and (still != a.samples).all()
+    assert (drawn(place, "--number", 3, "--steps", 4).samples != a.samples).all()
+    assert (drawn(place, "--number", 3, "--steps", 8).samples == a.samples).all()
+    assert drawn(place, "--number", 50, run="roll").samples.shape == (50, 2)
+    assert set(np.unique(drawn(place, "--number", 4, run="heartbeat").samples)) <= {0, 1}
+    assert drawn(place, "--number", 2, run="colours").samples.shape == (2, 192)
+
+
+def test_completions_and_denoised(place, tmp_path):
+    """What is known stays, what is missing changes; from any directory."""
+    mask, cells = np.zeros((8, 8), np.uint8), np.arange(64).reshape(8, 8)
+    mask[:3] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    hole = np.abs(cells // 8 - 3) + np.abs(cells % 8 - 3) * 1j
+    for flags, unknown in [((), cells % 8 < 4), (("bottom",), cells // 8 >= 4),
+                           (("center", "--hole", 3), np.maximum(hole.real, hole.imag) <= 1),
+                           (("0.25", "--particles", 3), None), (("mask.png",), mask > 0)]:
+        a = drawn(place, "--inpaint", *flags, "--number", 2, cwd=tmp_path)
+        assert set(vars(a)) == {"said", "truth", "given", "samples", "nearest", "unknown"}
+        assert a.samples.shape == (2, 6, 64) and a.truth.shape == (2, 64)
+        assert a.unknown.sum() == 16 if unknown is None else (a.unknown == unknown.ravel()).all()
+        change = np.abs(a.samples - a.truth[:, None])
+        assert change[..., ~a.unknown].max() == 0 and change[..., a.unknown].mean() > 1
+        assert (np.isnan(a.given) == a.unknown).all() and a.samples[..., a.unknown].std(1).min() > 0
+        assert "known values: changed by 0;" in a.said
+    a = drawn(place, "--denoise", 0.5, "--r-schedule", "constant", "--number", 4)
+    scale = result_of(place.runs / "digits")["scale"]
+    assert (a.given - a.truth).std() / scale == pytest.approx(0.5, rel=0.2)
+    assert set(vars(a)) == {"said", "truth", "given", "samples", "nearest"} and "PSNR" in a.said
+    for run in ("roll", "heartbeat"):
+        a = drawn(place, "--inpaint", "right", "--number", 2, run=run)
+        assert (a.samples[..., ~a.unknown] == a.truth[:, None, ~a.unknown]).all()
+
+
+def test_the_users_own_pictures(place):
+    """They are completed and denoised as they are, of any size, also in colour."""
+    for run, shape in [("digits", (2, 12, 10)), ("colours", (2, 9, 16, 3))]:
+        mine, names = rng(64).integers(0, 256, shape).astype(np.uint8), ["mine0.png", "mine1.png"]
+        for name, picture in zip(names, mine):
+            Image.fromarray(picture).save(place.path / name)
+        a = drawn(place, "--input", *names, "--inpaint", "center", "--hole", 3, run=run)
+        D = mine[0].size
+        assert a.samples.shape == (2, 6, D) and a.unknown.sum() == 9 * D // math.prod(shape[1:3])
+        assert (np.floor(a.samples[..., ~a.unknown] + 1e-6) ==
+                mine.reshape(2, 1, D)[..., ~a.unknown]).all()
+        a = drawn(place, "--input", *names, "--denoise", "0.5", run=run)
+        assert set(vars(a)) == {"said", "given", "samples"} and "PSNR" not in a.said
+        assert (np.floor(a.given + 1e-6) == mine.reshape(2, D)).all()      # no noise was added
+
+
+@pytest.mark.parametrize("run", ["roll", "digits", "heartbeat", "colours"])
+def test_the_way_is_shown(place, run):
+    """A strip and a GIF from noise to samples, free and posterior, which end at the samples."""
+    for flags in ((), ("--inpaint", "right")):
+        drawn(place, "--number", 3, *flags, "--trajectory", "--gif", run=run, out="way")
+        with Image.open(place.path / "way.gif") as gif:
+            assert 2 < gif.n_frames <= 9            # frames that are the same become one
+            first = np.asarray(gif.convert("L")).astype(float)
+            gif.seek(gif.n_frames - 1)
+            last = np.asarray(gif.convert("L")).astype(float)
+        assert (first != last).mean() > 0.002
+        with Image.open(place.path / "way-trajectory.png") as strip:
+            assert np.asarray(strip).std() > 1
+        if run == "digits" and not flags:
+            with Image.open(place.path / "way.png") as picture:
+                assert np.abs(np.asarray(picture.convert("L")) - last).mean() < 4
+
+
+def test_a_gif_of_noise_in_colour_keeps_its_limit(tmp_path):
+    frames = [Image.fromarray(rng(i).integers(0, 256, (60, 80, 3)).astype(np.uint8))
+              for i in range(12)]
+    figures.save_gif(frames, 2, tmp_path / "a.gif", limit=60_000)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames >= 10 and 20_000 < (tmp_path / "a.gif").stat().st_size < 60_000
+    assert figures.save_gif.__defaults__[-1] == 3_000_000
+
+
+# Mistakes
+
+def tampered(run, target, **changes):
+    """A copy of a run's checkpoint; changes are of its arrays, or of what it says of the run."""
+    with np.load(run / "checkpoint.npz") as file:
+        content = dict(file)
+    config = json.loads(str(content["config"]))
+    for name, value in changes.items():
+        if name in content:
+            content[name] = value
+        else:
+            (config["about"] if name in config["about"] else config)[name] = value
+    target.parent.mkdir(exist_ok=True)
+    np.savez(target, **(content | ({} if "config" in changes else
+                                   dict(config=json.dumps(config)))))
+
+
+def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
+    """Every mistake of a user: one line that names it, and nothing is written."""
+    digits, roll = place.runs / "digits", place.runs / "roll"
+    Image.fromarray(np.eye(5, dtype=np.uint8) * 255).save(tmp_path / "five.png")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "black.png")
+    (tmp_path / "text.npz").write_text("not a checkpoint\n")
+    (tmp_path / "folder").mkdir()
+    np.save(tmp_path / "floats.npy", rng(0).standard_normal((30, 6, 6)))
+    shutil.copy(place.path / "digits.npy", tmp_path / "changed.npy")
+    tampered(digits, tmp_path / "changed" / "checkpoint.npz", dataset=str(tmp_path / "changed.npy"))
+    pixels = small_digits().copy()
+    pixels[7, 4, 4] ^= 1
+    np.save(tmp_path / "changed.npy", pixels)       # the shape is as it was
+    tampered(digits, tmp_path / "gone.npz", dataset="/gone.npy")
+    theta = arrays_of(roll)["theta"]
+    for name, change in dict(
+            newer=dict(format=99), nan=dict(average=np.full(theta.shape, math.nan)),
+            scale=dict(scale=0.0), short=dict(average=theta[:-1]), rises=dict(
+                alpha_bar=np.linspace(1, 2, 9)), config=dict(config="[" * 10_000), rounded=dict(
+                dataset=3), unsaid=dict(objective=None), shares=dict(shares=0)).items():
+        tampered(roll, tmp_path / f"{name}.npz", **change)
+    tampered(roll, tmp_path / "torn" / "checkpoint.npz", shares=0)
+    tampered(roll, tmp_path / "flat" / "checkpoint.npz", m=theta[:, None])
+    files = sorted(tmp_path.rglob("*"))
+    heartbeat = ("--dataset", "heartbeat")
+    for says, *flags in [
+            ("no data set or file ''", "--dataset", ""), ("no data set or file", "--dataset", "x"),
+            ("folder without pictures", "--dataset", "folder"),
+            ("expected one argument", "--dataset"), ("invalid int value", "--steps", "x"),
+            ("invalid choice", "--objective", "L"), ("unrecognized", "--focus", "3"),
+            ("is for numbers", *heartbeat, "--schedule", "learned"),
+            ("--objective is for numbers", *heartbeat, "--objective", "simple"),
+            ("--variance is for numbers", *heartbeat, "--variance", "beta"),
+            ("--predict is for numbers", *heartbeat, "--predict", "eps"),
+            ("--decoder is for numbers", *heartbeat, "--decoder", "discretised"),
+            ("rate", *heartbeat, "--rate", "1"), ("rate", *heartbeat, "--rate", "nan"),
+            ("--rate is for bits", "--rate", "0.5"),
+            ("is for bytes", "--dataset", "floats.npy", "--decoder", "discretised"),
+            ("ascends K", "--schedule", "learned", "--objective", "simple"),
+            ("omit --decoder", "--dataset", "changed.npy", "--schedule", "learned", "--decoder",
+             "discretised"),
+            ("is for vectors", "--dataset", "changed.npy", "--network", "mlp"),
+            ("can't weigh", "--network", "paper", "--objective", "mean"),
+            ("eq. 64", "--network", "paper", "--variance", "beta"),
+            ("omit --predict", "--network", "paper", "--predict", "eps"),
+            ("--steps must be", "--steps", 0), ("--steps must be", "--steps", 10 ** 400),
+            ("one number of steps", "--steps", 3, 4), ("--batch-size must be", "--batch-size", -1),
+            ("--batch-size must be", "--batch-size", 10 ** 11),
+            ("--timesteps must be", "--timesteps", 1), ("--timesteps", "--timesteps", 10 ** 11),
+            ("--threads must be", "--threads", 0), ("--seed must not", "--seed", -1),
+            ("--lr must be", "--lr", "nan"), ("--lr must be", "--lr", 0),
+            ("crops of 40 x 40", "--dataset", place.path / "colours", "--crop", 40),
+            ("12 x 12", "--dataset", place.path / "colours", "--crop", 13),
+            ("either cropped or resized", "--dataset", "gravel", "--crop", 8, "--resize", 8),
+            ("for pictures", "--crop", 8), ("give a size of", "--dataset", "gravel", "--crop", 0),
+            ("--parzen goes with", "--parzen"), ("images of bytes", "--parzen", "--evaluate", roll),
+            ("a chain of 8", "--evaluate", roll, "--steps", 9),
+            ("omit --lr", "--evaluate", roll, "--lr", "1"),
+            ("no such checkpoint", "--evaluate", "nowhere"),
+            ("format 99", "--evaluate", "newer.npz"),
+            ("not an .npz file", "--evaluate", "text.npz"),
+            ("not an .npz file", "--evaluate", place.path / "digits.npy"),
+            ("gone.npy", "--evaluate", "gone.npz"), ("has changed", "--evaluate", "changed"),
+            ("has changed", "--resume", "changed"), ("no such checkpoint", "--resume", "nowhere"),
+            ("there is no run", "--resume"),
+            ("was started with --lr", "--resume", digits, "--lr", 1),
+            ("was started with --batch-size 8", "--resume", digits, "--batch-size", 16),
+            ("was started with --objective", "--resume", digits, "--objective", "simple"),
+            ("2 shares", "--resume", digits, "--threads", 3),
+            ("60 steps already", "--resume", digits, "--steps", 1),
+            ("--steps must be", "--resume", digits, "--steps", 0),
+            ("shares", "--resume", "torn"), ("does not fit", "--resume", "flat"),
+            ("holds another run", "--out", digits), ("--out", "--out", ""),
+            ("text.npz", "--out", "text.npz/run"),
+            *[("damaged", "--evaluate", f"{name}.npz") for name in
+              ("nan", "scale", "short", "rises", "config", "rounded", "unsaid")],
+            *[("--gpu:", "--gpu")] * (dpm.backend() is np)]:
+        refuses(says, *flags, cwd=tmp_path)
+    known = "--checkpoint", digits
+    for says, *flags in [
+            ("no such checkpoint", "--checkpoint", "nowhere"),
+            ("not an .npz file", "--checkpoint", "text.npz"),
+            ("damaged", "--checkpoint", "nan.npz"),
+            ("has changed", "--checkpoint", "changed", "--inpaint"),
+            ("gone.npy", "--checkpoint", "gone.npz", "--denoise", 1),
+            ("--number must be", *known, "--number", 0), ("memory", *known, "--number", 10 ** 11),
+            ("a chain of 8", *known, "--steps", 9), ("2..8", *known, "--steps", 0),
+            ("--eta lies", *known, "--eta", 1.5), ("--eta lies", *known, "--eta", "nan"),
+            ("--eta is for free", *known, "--denoise", 1, "--eta", 1),
+            ("--eta is for numbers", "--checkpoint", place.runs / "heartbeat", "--eta", 0.5),
+            ("--denoise takes", *known, "--denoise", "1e300"),
+            ("--denoise takes", *known, "--denoise", "1e-300"),
+            ("--denoise takes", *known, "--denoise", "nan"),
+            ("--hole goes with", *known, "--hole", 3), ("go with", *known, "--particles", 4),
+            ("8 x 8 pixels", *known, "--inpaint", "center", "--hole", 8),
+            ("40 test examples", *known, "--inpaint", "--number", 41),
+            ("between 0 and 1", *known, "--inpaint", "1.5"),
+            ("nothing is missing", *known, "--inpaint", "0.001"),
+            ("nothing is missing", *known, "--inpaint", "black.png"),
+            ("5 x 5", *known, "--inpaint", "five.png"),
+            ("neither", *known, "--inpaint", "gone.png"),
+            ("a picture", *known, "--inpaint", "text.npz"),
+            ("a picture", *known, "--denoise", 1, "--input", "text.npz"),
+            ("5 x 5", *known, "--denoise", 1, "--input", "five.png", "black.png"),
+            ("gone.png", *known, "--inpaint", "--input", "gone.png"),
+            ("no pictures of bytes", "--checkpoint", roll, "--inpaint", "--input", "five.png"),
+            ("not allowed with", *known, "--inpaint", "--denoise", 1),
+            ("--out", *known, "--out", ""), ("give a name", *known, "--out", ".."),
+            ("text.npz", *known, "--number", 1, "--out", "text.npz/a")]:
+        refuses(says, *flags, script="sample", cwd=tmp_path)
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_fuzz(place, tmp_path, capfd):
+    """Files of which bytes were changed, checkpoints that say something else, and flags by chance:
+    each ends in success or in one line and status 2."""
+    dice, mine = random.Random(7), {}
+    pixels = small_digits()[:30]
+    np.save(tmp_path / "a.npy", pixels)
+    np.savez(tmp_path / "a.npz", train=pixels, test=pixels[:5])
+    (tmp_path / "a.idx").write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 30, 0, 0, 0, 8, 0, 0, 0, 8])
+                                     + pixels.tobytes())
+    Image.fromarray(pixels[0]).save(tmp_path / "a.png")
+    shutil.copy(place.runs / "roll" / "checkpoint.npz", tmp_path / "run.npz")
+    for path in sorted(tmp_path.iterdir()):
+        mine[path.name] = path.read_bytes()
+
+    def fine(script, *flags):
+        end = call(script, *flags, cwd=tmp_path)
+        lines = end.err.splitlines()
+        assert end.status == 0 or end.status == 2 and len(lines) == 1 and lines[0].startswith(
+            "error: ") and lines[0].isprintable(), (flags, end)
+        return end.status
+
+    def changed(content):
+        content = bytearray(content)
+        for _ in range(dice.choice([1, 1, 3, 20])):
+            near = dice.choice([130, 300, len(content)])       # headers more often than the rest
+            place = dice.randrange(min(near, len(content)))
+            content[place] = dice.choice([0, 255, dice.randrange(256), content[place] ^ 1])
+        return bytes(content[:dice.choice([len(content)] * 4 + [dice.randrange(len(content))])])
+
+    for _ in range(200):
+        name = dice.choice(["a.npy", "a.npz", "a.idx", "a.png"])
+        (tmp_path / name).write_bytes(changed(mine[name]))
+        try:
+            if name == "a.png":
+                data.read_pictures([tmp_path / name], (8, 8, 1))
+            else:
+                data.load(tmp_path / name)
+        except dpm.InputError as error:
+            assert str(error).isprintable() and len(str(error)) < 500
+    ends, roll = [], place.runs / "roll"
+    two = "--number", 1, "--steps", 2, "--no-gpu"
+    for _ in range(60):
+        (tmp_path / "run.npz").write_bytes(changed(mine["run.npz"]))
+        ends.append(fine("sample", "--checkpoint", "run.npz", *two))
+    values = [None, True, 0, -1, 3, 10 ** 12, 0.5, -math.inf, math.nan, "", "mlp", [], [1, 1, 2]]
+    config = json.loads(str(np.load(roll / "checkpoint.npz")["config"]))
+    for _ in range(60):
+        wrong = json.loads(json.dumps(config))
+        part = dice.choice([wrong, wrong["about"], wrong["about"]["sizes"], wrong["of_diffusion"]])
+        name = dice.choice(sorted(part))
+        part[name] = dice.choice(values)
+        if dice.random() < 0.2:
+            del part[name]
+        (tmp_path / "torn").mkdir(exist_ok=True)
+        tampered(roll, tmp_path / "torn" / "checkpoint.npz", config=json.dumps(wrong))
+        ends.append(fine("sample", "--checkpoint", "torn", *two))
+        ends.append(fine("train", "--resume", "torn", "--steps", 21, "--no-evaluate", "--no-gpu"))
+    flags = {
+        "--dataset": ["swissroll:1", "swissroll:x", "heartbeat", "", ".", "a.idx", "deadleaves:4"],
+        "--network": ["mlp", "paper", "unet"], "--schedule": ["logsnr", "paper", "linear", "cosine",
+                                                              "learned"],
+        "--objective": ["K", "focused", "simple", "mean"], "--predict": ["v", "eps"],
+        "--variance": ["learned", "beta", "posterior"], "--decoder": ["discretised"],
+        "--timesteps": [-1, 0, 1, 2, 3, 5, 10 ** 12, "x"], "--batch-size": [-1, 0, 1, 3, 10 ** 12],
+        "--lr": [0, -1, 1e-300, 1e300, "inf", "nan"], "--seed": [-1, 10 ** 30, 1.5],
+        "--threads": [-1, 0, 1, 3, 10 ** 9], "--rate": [0, 0.5, 2, "nan"],
+        "--crop": [-1, 4, 10 ** 9], "--resize": [0, 4], "--out": ["", "a.npy", "new"],
+        "--dtype": ["float64", "int"]}
+    (tmp_path / "a.idx").write_bytes(mine["a.idx"])
+    for _ in range(80):
+        chosen = dice.sample(sorted(flags), dice.choice([1, 2, 3, 4]))
+        usual = {"--timesteps": 3, "--batch-size": 4}
+        given = usual | {flag: dice.choice(flags[flag]) for flag in chosen}
+        ends.append(fine("train", "--steps", 2, "--no-evaluate", "--no-gpu", *[
+            word for pair in given.items() for word in pair]))
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+    assert 20 < ends.count(0) < len(ends) - 60      # both ends are met
+    assert capfd.readouterr().err == ""             # nothing printed past Python

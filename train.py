@@ -44,10 +44,10 @@ COLUMNS = ["step", "seconds", "K_minus_L_null_bits", *QUARTERS]
 
 # What is right for vectors (H W = 1), for images, and for bits, where no flag says otherwise
 DEFAULTS = {"vector": dict(steps=9500, batch_size=1024, lr=4e-3, timesteps=40, schedule="logsnr"),
-            "image": dict(steps=16000, batch_size=16, lr=2e-3, timesteps=1000, schedule="logsnr",
+            "image": dict(steps=10000, batch_size=16, lr=3e-3, timesteps=1000, schedule="logsnr",
                        objective="focused")}
 BITS = {"vector": dict(steps=12000, batch_size=512, lr=4e-3, timesteps=2000, schedule="cosine"),
-        "image": dict(steps=16000, batch_size=16, lr=2e-3, timesteps=1000, schedule="cosine")}
+        "image": dict(steps=10000, batch_size=16, lr=3e-3, timesteps=1000, schedule="cosine")}
 ALWAYS = dict(rate=None, objective="K", variance="learned", predict="v", decoder="dequantised",
               network=None, seed=0, dtype="float32", crop=None, resize=None, flips=False)
 SIZES = {"mlp": dict(width=128, layers=3, scales=(0, 1, 2, 3, 4, 5), time=64),
@@ -289,7 +289,7 @@ def evaluate(path, gpu, chains=(), parzen=False, comm=None):
         writable(out / "result.json")
     # Enough for a standard error of about 0.005 bits/dim; every t is used for as many as every other
     x0 = dataset.held_out(10_000 if image else 16_000)
-    draws = min(T - 1, max(10 if image else 40, -(-2 * T // len(x0))))
+    draws = min(T - 1, max(5 if image else 40, -(-2 * T // len(x0))))
     if leads:
         print(f"evaluating {checkpoint} on {device_name(model.xp)}", flush=True)
 

@@ -147,7 +147,7 @@ class Data:
         if self.binary:
             return raw.astype(dtype)
         if self.bytes:
-            u = rng.random(raw.shape, dtype=dtype) if self.dequantise else dtype(0.5)
+            u = rng.random(raw.shape, dtype=dtype) if self.dequantise else 0.5
             return ((raw + u - self.shift) / self.scale).astype(dtype)
         return ((raw.astype(np.float64) - self.shift) / self.scale).astype(dtype)
 
