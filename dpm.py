@@ -63,7 +63,7 @@ class InputError(ValueError):
 
 
 def first_line(error):
-    """What an exception says, or its name if it says nothing; not all the bytes of a damaged file."""
+    """What an exception says, or its name if it says nothing; of damaged files not every byte."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 

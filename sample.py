@@ -50,7 +50,8 @@ def arguments():
     g.add_argument("--seed", metavar="N", type=int, default=0,
                    help="sample k depends on this and on k alone (0)")
     g.add_argument("--steps", metavar="S", type=int, help="make so many of the T steps (posteriors "
-                   f"of images: {DEFAULT_STEPS['images']}; free images: {DEFAULT_FREE_STEPS['images']}; else all)")
+                   f"of images: {DEFAULT_STEPS['images']}; free images: "
+                   f"{DEFAULT_FREE_STEPS['images']}; else all)")
     g.add_argument("--eta", metavar="X", type=float,
                    help="noise of the steps: 1 the model's, 0 none, which is DDIM (1)")
     g = p.add_argument_group("posterior samples, from p(x) r(x)")

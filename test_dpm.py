@@ -2014,6 +2014,9 @@ def test_the_list_of_cupys_names():
 # The scripts, as their users run them
 # -------------------------------------------------------------------------------------------------
 
+scripts = pytest.mark.xdist_group("scripts")  # they share runs: one worker makes them
+
+
 def call(script, *arguments, cwd):
     """A script in this process, which saves its start: its status, stdout and stderr."""
     main = dict(train=train, sample=sample)[script].main
@@ -2099,6 +2102,7 @@ def result_of(run):
     return json.loads((run / "result.json").read_text())
 
 
+@scripts
 def test_train_leaves_everything(place):
     figures_of = dict(digits={"samples.png", "rate.png", "figure3.png"},
                       roll={"figure1.png", "schedule.png", "forgetting.png"},
@@ -2138,6 +2142,7 @@ def test_train_leaves_everything(place):
     assert np.abs(psi / dpm.LearnedSchedule(8, 1 - psi[1]).forward(np.zeros(8)) - 1).max() > 1e-4
 
 
+@scripts
 def test_what_is_printed(place):
     """First what was assumed of the data, at the end what to try next; no long line and no bar
     where nobody watches."""
@@ -2153,6 +2158,7 @@ def test_what_is_printed(place):
         assert len(said.err.splitlines()) < 4
 
 
+@scripts
 def test_a_bar_in_a_file_is_a_line_a_minute(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     now = [0.0]
@@ -2166,12 +2172,14 @@ def test_a_bar_in_a_file_is_a_line_a_minute(monkeypatch):
     assert all(line.startswith("steps: ") and len(line) <= 100 for line in lines)
 
 
+@scripts
 def test_help_is_one_screen():
     for script in ("train", "sample"):
         text = done(script, "--help", cwd=HERE).out
         assert len(text.splitlines()) <= 70 and max(map(len, text.splitlines())) <= 110
 
 
+@scripts
 def test_evaluate_again_and_compare(place):
     """Evaluated again, a run has the same numbers; with --steps also those of shorter chains; with
     a discretised decoder they are L_T, the L_t and L_0; of several runs there is a table."""
@@ -2233,6 +2241,7 @@ def same(run, straight):
     assert numbers_of(run) == numbers_of(straight)
 
 
+@scripts
 def test_stopped_in_the_middle_and_resumed_bit_for_bit(straight, tmp_path):
     """Killed, interrupted (twice at once), and terminated: then the same bits as if never stopped.
     While it runs, a second process is refused."""
@@ -2260,6 +2269,7 @@ def test_stopped_in_the_middle_and_resumed_bit_for_bit(straight, tmp_path):
     same(run, straight)
 
 
+@scripts
 def test_a_stop_while_evaluating(place):
     running = process("--evaluate", "runs/digits", cwd=place.path)
     assert "evaluating" in running.stdout.readline()
@@ -2269,6 +2279,7 @@ def test_a_stop_while_evaluating(place):
     assert (end.status, end.err) == (130, "stopped\n")
 
 
+@scripts
 def test_a_loss_that_turns_nan(tmp_path):
     """One line, without NumPy's warnings, and the last good checkpoint is kept."""
     end = ended(process("--lr", "1e30", "--steps", 200, "--timesteps", 8, cwd=tmp_path))
@@ -2281,6 +2292,7 @@ def test_a_loss_that_turns_nan(tmp_path):
 
 
 @pytest.mark.parametrize("room, names", [(30_000, "checkpoint.npz"), (10, "log.csv")])
+@scripts
 def test_a_full_disk_loses_no_checkpoint(straight, tmp_path, room, names):
     """No file may grow beyond so many bytes (those of the log, and `room`)."""
     resource = pytest.importorskip("resource")
@@ -2293,6 +2305,7 @@ def test_a_full_disk_loses_no_checkpoint(straight, tmp_path, room, names):
     assert (run / "checkpoint.npz").read_bytes() == before and not list(run.glob(".part-*"))
 
 
+@scripts
 def test_no_room_is_found_before_the_computing(straight, tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device")
@@ -2317,6 +2330,7 @@ def ranks_of(out):
     return found
 
 
+@scripts
 def test_two_ranks_of_a_script_are_two_threads(straight, place, tmp_path):
     """mpiexec -n 2 with a thread each makes the bits of two threads; a rank that dies ends the run
     and leaves its checkpoint; so does a resume; the bound is the same."""
@@ -2362,6 +2376,7 @@ def drawn(place, *flags, run="digits", out="a", cwd=None):
         return types.SimpleNamespace(said=said.out, **file)
 
 
+@scripts
 def test_free_samples(place):
     a, b, c = (drawn(place, "--number", 3, "--seed", seed) for seed in (0, 0, 1))
     assert a.samples.shape == a.nearest.shape == (3, 64) and (a.samples == b.samples).all()
@@ -2377,6 +2392,7 @@ def test_free_samples(place):
     assert drawn(place, "--number", 2, run="colours").samples.shape == (2, 192)
 
 
+@scripts
 def test_completions_and_denoised(place, tmp_path):
     """What is known stays, what is missing changes; from any directory."""
     mask, cells = np.zeros((8, 8), np.uint8), np.arange(64).reshape(8, 8)
@@ -2403,6 +2419,7 @@ def test_completions_and_denoised(place, tmp_path):
         assert (a.samples[..., ~a.unknown] == a.truth[:, None, ~a.unknown]).all()
 
 
+@scripts
 def test_the_users_own_pictures(place):
     """They are completed and denoised as they are, of any size, also in colour."""
     for run, shape in [("digits", (2, 12, 10)), ("colours", (2, 9, 16, 3))]:
@@ -2420,6 +2437,7 @@ def test_the_users_own_pictures(place):
 
 
 @pytest.mark.parametrize("run", ["roll", "digits", "heartbeat", "colours"])
+@scripts
 def test_the_way_is_shown(place, run):
     """A strip and a GIF from noise to samples, free and posterior, which end at the samples."""
     for flags in ((), ("--inpaint", "right")):
@@ -2437,6 +2455,7 @@ def test_the_way_is_shown(place, run):
                 assert np.abs(np.asarray(picture.convert("L")) - last).mean() < 4
 
 
+@scripts
 def test_a_gif_of_noise_in_colour_keeps_its_limit(tmp_path):
     frames = [Image.fromarray(rng(i).integers(0, 256, (60, 80, 3)).astype(np.uint8))
               for i in range(12)]
@@ -2463,6 +2482,7 @@ def tampered(run, target, **changes):
                                    dict(config=json.dumps(config)))))
 
 
+@scripts
 def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
     """Every mistake of a user: one line that names it, and nothing is written."""
     digits, roll = place.runs / "digits", place.runs / "roll"
@@ -2576,6 +2596,7 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
     assert sorted(tmp_path.rglob("*")) == files
 
 
+@scripts
 def test_fuzz(place, tmp_path, capfd):
     """Files of which bytes were changed, checkpoints that say something else, and flags by chance:
     each ends in success or in one line and status 2."""

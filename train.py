@@ -53,9 +53,10 @@ ALWAYS = dict(rate=None, objective="K", variance="learned", predict="v", decoder
 SIZES = {"mlp": dict(width=128, layers=3, scales=(0, 1, 2, 3, 4, 5), time=64),
          "unet": dict(widths=(32, 64, 128), blocks=1, head=64, scales=(1, 3, 5)),
          "paper": dict(maps=8, hidden=256, width=64, bumps=10)}
+# What a checkpoint says of its run, by type
 TOLD = {str: "dataset digest device network schedule objective variance predict decoder",
-        bool: "bytes binary", int: "seed steps batch_size timesteps trained_steps", (int, float): "lr seconds",
-        (int, float, type(None)): "rate crop resize flips"}  # what a checkpoint tells of its run, by type
+        bool: "bytes binary", int: "seed steps batch_size timesteps trained_steps",
+        (int, float): "lr seconds", (int, float, type(None)): "rate crop resize flips"}
 FIXED = ("dataset", "batch_size", "lr", "timesteps", "schedule", *ALWAYS)  # for a run's life
 
 
@@ -65,18 +66,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def arguments():
-    p = Parser(usage="python train.py [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", metavar="NAME|PATH", help="swissroll, heartbeat, mnist, deadleaves, "
-                   "gravel, or the path of a file or folder (default: swissroll)")
-    p.add_argument("--gpu", action=argparse.BooleanOptionalAction, help="compute with CuPy (default: if it works)")
-    p.add_argument("--out", metavar="DIR", help="the run's directory (default: runs/<dataset>, or -2, -3, ...)")
-    p.add_argument("--resume", metavar="DIR", nargs="?", const="", help="go on with a run; of the training "
-                   "flags only --steps may differ")
-    p.add_argument("--evaluate", metavar="DIR", nargs="+", help="only evaluate runs or checkpoint files; with "
-                   "--steps S ... also chains of S steps")
+    p = Parser(usage="python train.py [flags]", description=__doc__,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--dataset", metavar="NAME|PATH", help="swissroll, heartbeat, mnist, "
+                   "deadleaves, gravel, or the path of a file or folder (default: swissroll)")
+    p.add_argument("--gpu", action=argparse.BooleanOptionalAction, help="use CuPy [if it works]")
+    p.add_argument("--out", metavar="DIR", help="the run's directory [runs/<dataset>, -2, -3, ...]")
+    p.add_argument("--resume", metavar="DIR", nargs="?", const="",
+                   help="go on with a run; of the training flags only --steps may differ")
+    p.add_argument("--evaluate", metavar="DIR", nargs="+", help="only evaluate runs or checkpoint "
+                   "files; with --steps S ... also chains of S steps")
     p.add_argument("--no-evaluate", action="store_true", help="only train")
-    p.add_argument("--parzen", action="store_true", help="with --evaluate: the estimate of the paper's Table 2")
-    p.add_argument("--benchmark", action="store_true", help="only measure the speed (default data: mnist)")
+    p.add_argument("--parzen", action="store_true", help="with --evaluate: the paper's Table 2")
+    p.add_argument("--benchmark", action="store_true", help="only measure the speed [mnist]")
     v, i, b = DEFAULTS["vector"], DEFAULTS["image"], BITS["vector"]
     g = p.add_argument_group("training; defaults in brackets: vectors | images | binary vectors")
     show = lambda name: f"[{v[name]} | {i[name]} | {b[name]}]"
@@ -86,19 +88,22 @@ def arguments():
     g.add_argument("--seed", type=int, help="of weights, batches and noise [0]")
     g.add_argument("--threads", type=int, metavar="N", help="of a process [its part of the cores]")
     g.add_argument("--dtype", choices=["float32", "float64"], help="of the network [float32]")
-    g.add_argument("--crop", type=int, metavar="S", help="train on random S x S crops of larger pictures")
+    g.add_argument("--crop", type=int, metavar="S", help="random S x S crops of larger pictures")
     g.add_argument("--resize", type=int, metavar="S", help="resize pictures to S x S")
     g.add_argument("--flips", action="store_true", default=None, help="mirror crops at random")
     g = p.add_argument_group("the model")
-    g.add_argument("--network", choices=dpm.NETWORKS, help="mlp for vectors, unet for images, or the paper's")
-    g.add_argument("--timesteps", type=int, metavar="T", help=f"steps of the diffusion {show('timesteps')}")
+    g.add_argument("--network", choices=dpm.NETWORKS,
+                   help="mlp for vectors, unet for images, or the paper's")
+    g.add_argument("--timesteps", type=int, metavar="T",
+                   help=f"steps of the diffusion {show('timesteps')}")
     g.add_argument("--schedule", choices=["logsnr", "paper", "linear", "cosine", "learned"],
                    help="of beta_t [logsnr; bits: cosine]")
-    g.add_argument("--objective", choices=["K", "focused", "simple", "mean"], help="what training descends, "
-                   "see dpm.objective; K is reported for each [K | focused | K]")
+    g.add_argument("--objective", choices=["K", "focused", "simple", "mean"],
+                   help="what training descends, see dpm.objective; K is reported for each "
+                   "[K | focused | K]")
     g.add_argument("--variance", choices=["learned", "beta", "posterior"], help="f_sigma [learned]")
     g.add_argument("--predict", choices=["v", "eps"], help="what the network prints [v]")
-    g.add_argument("--decoder", choices=["dequantised", "discretised"], help="of bytes [dequantised]")
+    g.add_argument("--decoder", choices=["dequantised", "discretised"], help="[dequantised]")
     g.add_argument("--rate", type=float, help="of ones in pi, for bits [the data's mean]")
     return p.parse_args()
 
@@ -107,7 +112,8 @@ def settings(args, dataset):
     """The run's settings: what the flags say, and the defaults for this kind of data."""
     kind = "vector" if dataset.shape[:2] == (1, 1) else "image"
     chosen = ALWAYS | (BITS if dataset.binary else DEFAULTS)[kind]
-    given = {name: value for name, value in vars(args).items() if name in chosen and value is not None}
+    given = {name: value for name, value in vars(args).items()
+             if name in chosen and value is not None}
     chosen |= given | dict(steps=args.steps[0] if args.steps else chosen["steps"])
     if chosen["network"] is None:
         chosen["network"] = "mlp" if kind == "vector" else "unet"
@@ -121,33 +127,46 @@ def settings(args, dataset):
         sizes.pop("scales", None)
     elif chosen["network"] != "paper":
         sizes["edges"] = dataset.edges
-    return dict(dataset=dataset.name, bytes=dataset.bytes, binary=dataset.binary, digest=dataset.digest,
-                sizes=sizes, **chosen)
+    return dict(dataset=dataset.name, bytes=dataset.bytes, binary=dataset.binary,
+                digest=dataset.digest, sizes=sizes, **chosen)
 
 
 def check(args, chosen, dataset):
-    """All that can be wrong with a run's settings: the first rule that is broken is said."""
-    c, name = chosen, dataset.name
+    """InputError for the first rule that the settings of a run break."""
+    c, name, threads = chosen, dataset.name, args.threads
     paper, learned = c["network"] == "paper", c["schedule"] == "learned"
-    numbers_only = [flag for flag, usual in dict(objective="K", variance="learned", predict="v", decoder="dequantised").items()
-                    if c[flag] not in (usual, "paper")] + ["schedule"] * learned
+    usual = dict(objective="K", variance="learned", predict="v", decoder="dequantised")
+    numbers_only = [flag for flag in usual if c[flag] not in (usual[flag], "paper")]
+    numbers_only += ["schedule"] * learned + [""]
     rules = [
-        (args.steps and len(args.steps) > 1, "several --steps go with --evaluate; a training has one number of steps"),
+        (args.steps and len(args.steps) > 1,
+         "several --steps go with --evaluate; a training has one number of steps"),
         (not 0 < c["steps"] <= 10 ** 9, f"--steps must be 1 to a billion, not {c['steps']}"),
-        (not 0 < c["batch_size"] <= 10 ** 6, f"--batch-size must be 1 to a million, not {c['batch_size']}"),
+        (not 0 < c["batch_size"] <= 10 ** 6,
+         f"--batch-size must be 1 to a million, not {c['batch_size']}"),
         (not 0 < c["lr"] < math.inf, f"--lr must be a positive number, not {c['lr']}"),
-        (not 2 <= c["timesteps"] <= 10 ** 6, f"--timesteps must be 2 to a million, not {c['timesteps']}"),
-        (args.threads is not None and not 1 <= args.threads <= 1024, f"--threads must be 1 to 1024, not {args.threads}"),
+        (not 2 <= c["timesteps"] <= 10 ** 6,
+         f"--timesteps must be 2 to a million, not {c['timesteps']}"),
+        (threads is not None and not 1 <= threads <= 1024,
+         f"--threads must be 1 to 1024, not {threads}"),
         (c["seed"] < 0, f"--seed must not be negative, as {c['seed']} is"),
-        (dataset.binary and numbers_only, f"--{(numbers_only or [''])[0]} is for numbers; {name} is made of bits"),
-        (not dataset.binary and c["rate"] is not None, f"--rate is for bits; {name} is made of numbers"),
+        (dataset.binary and numbers_only[0],
+         f"--{numbers_only[0]} is for numbers; {name} is made of bits"),
+        (not dataset.binary and c["rate"] is not None,
+         f"--rate is for bits; {name} is made of numbers"),
         (learned and c["objective"] != "K", "--schedule learned ascends K: omit --objective"),
-        (learned and c["decoder"] != "dequantised", "--schedule learned needs the fixed first step: omit --decoder"),
-        (c["decoder"] == "discretised" and not dataset.bytes, f"--decoder discretised is for bytes; {name} has none"),
-        (paper and c["predict"] == "eps", "--network paper prints what eqs. 64 and 65 say: omit --predict"),
-        (paper and c["objective"] in ("simple", "mean"), "--network paper can't weigh its mean alone: omit --objective"),
-        (paper and c["variance"] != "learned", "--network paper has its own variance, eq. 64: omit --variance"),
-        (c["network"] == "mlp" and dataset.shape[:2] != (1, 1), f"--network mlp is for vectors; {name} holds images"),
+        (learned and c["decoder"] != "dequantised",
+         "--schedule learned needs the fixed first step: omit --decoder"),
+        (c["decoder"] == "discretised" and not dataset.bytes,
+         f"--decoder discretised is for bytes; {name} has none"),
+        (paper and c["predict"] == "eps",
+         "--network paper prints what eqs. 64 and 65 say: omit --predict"),
+        (paper and c["objective"] in ("simple", "mean"),
+         "--network paper can't weigh its mean alone: omit --objective"),
+        (paper and c["variance"] != "learned",
+         "--network paper has its own variance, eq. 64: omit --variance"),
+        (c["network"] == "mlp" and dataset.shape[:2] != (1, 1),
+         f"--network mlp is for vectors; {name} holds images"),
     ]
     for broken, message in rules:
         if broken:
@@ -155,9 +174,9 @@ def check(args, chosen, dataset):
 
 
 def new_model(dataset, chosen, xp, comm=None, threads=None):
-    """beta_1 is the variance of the smallest detail there is to model; a bit, which has none, is forgotten
-    once in 1e5, or as often as the paper's schedule says for t = 1."""
-    T, kind = chosen["timesteps"], chosen["schedule"]
+    """beta_1 is the variance of the smallest detail there is to model. A bit has none: it is
+    forgotten once in 1e5, or as often as the paper's schedule says for t = 1."""
+    T, kind, shift, scale = chosen["timesteps"], chosen["schedule"], dataset.shift, dataset.scale
     if dataset.binary:
         alpha_bar = dpm.schedule(kind, T, 1 / T if kind == "paper" else 1e-5)
         rate = dataset.mean if chosen["rate"] is None else chosen["rate"]
@@ -165,12 +184,13 @@ def new_model(dataset, chosen, xp, comm=None, threads=None):
     else:
         options, detail = dict(variance=chosen["variance"]), dataset.detail
         if chosen["decoder"] == "discretised":  # a third of a grey level: the decoder does the rest
-            options |= dict(half=0.5 / dataset.scale, ends=tuple((level - dataset.shift) / dataset.scale for level in (0.5, 255.5)))
-            detail = 1 / 3 / dataset.scale
+            ends = tuple((level - shift) / scale for level in (0.5, 255.5))
+            options, detail = options | dict(half=0.5 / scale, ends=ends), 1 / 3 / scale
         alpha_bar = dpm.schedule("logsnr" if kind == "learned" else kind, T, detail ** 2)
         q = dpm.Gaussian(alpha_bar, xp, **options)
-    return dpm.build(q, dataset.shape, chosen["network"], chosen["sizes"], chosen["predict"], kind == "learned", shift=dataset.shift,
-                     scale=dataset.scale, about=chosen, dtype=chosen["dtype"], seed=chosen["seed"], comm=comm, threads=threads)
+    return dpm.build(q, dataset.shape, chosen["network"], chosen["sizes"], chosen["predict"],
+                     kind == "learned", shift=shift, scale=scale, about=chosen, comm=comm,
+                     threads=threads, dtype=chosen["dtype"], seed=chosen["seed"])
 
 
 def optimiser_options(chosen):
@@ -178,8 +198,8 @@ def optimiser_options(chosen):
 
 
 def train(model, adam, dataset, out):
-    """The loop. Everything random in step s depends on (seed, s) alone, so that a resumed run makes the
-    same steps."""
+    """The loop. Everything random in step s depends on (seed, s) alone, so that a resumed run makes
+    the same steps."""
     xp, about, T, D, q = model.xp, model.about, model.T, model.D, model.diffusion
     number, steps, seed = about["batch_size"], about["steps"], about["seed"]
     log_every, leads = max(1, steps // 200), model.comm.rank == 0
@@ -204,15 +224,18 @@ def train(model, adam, dataset, out):
 
     def check_finite(norm):
         if not math.isfinite(norm):
-            kept = f"{checkpoint} keeps step {saved_step}" if saved_step else "nothing was saved yet"
-            raise dpm.InputError(f"step {adam.step}: the gradient of the loss is {float(norm)}; {kept}; "
-                                 f"try a smaller --lr than {about['lr']}")
+            kept = f"{checkpoint} keeps step {saved_step}"
+            kept = kept if saved_step else "nothing was saved yet"
+            raise dpm.InputError(f"step {adam.step}: the gradient of the loss is {float(norm)}; "
+                                 f"{kept}; try a smaller --lr than {about['lr']}")
 
-    handlers = {s: signal.signal(s, lambda *_: stopped.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
-    with bar(None, "train", total=steps * number, initial=adam.step * number, unit=noun(dataset)[:-1],
-             unit_scale=True) as shown:
+    handlers = {s: signal.signal(s, lambda *_: stopped.append(True))
+                for s in (signal.SIGINT, signal.SIGTERM)}
+    with bar(None, "train", total=steps * number, initial=adam.step * number,
+             unit=noun(dataset)[:-1], unit_scale=True) as shown:
         while adam.step < steps and not model.comm.sum(np.array([len(stopped)]))[0]:
-            x0 = xp.asarray(dataset.draw(number, dpm.generator(dataset.xp, "batch", seed, adam.step), model.dtype))
+            rng = dpm.generator(dataset.xp, "batch", seed, adam.step)
+            x0 = xp.asarray(dataset.draw(number, rng, model.dtype))
             recent.append(model.gradient(x0, seed, adam.step, tables=tables))
             norm = model.step(adam)
             shown.update(number)
@@ -234,7 +257,7 @@ def train(model, adam, dataset, out):
                     saved_at, saved_step = time.perf_counter(), adam.step
     check_finite(norm)
     save()
-    stop = model.comm.sum(np.array([len(stopped)]))[0]  # and no rank goes on before the checkpoint is there
+    stop = model.comm.sum(np.array([len(stopped)]))[0]  # no rank goes on before the checkpoint is
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if stop:
@@ -252,7 +275,7 @@ def log(path, row):
 
 
 def gain(q, mean, D):
-    """What K - L_null would be if every KL were 0, from the data's mean (1, D) and unit variance."""
+    """What K - L_null would be if every KL were 0, for data of this mean (1, D) and variance 1."""
     null = float(q.log_null(mean)[0]) - (0 if isinstance(q, dpm.Binomial) else 0.5 * D)
     if q.discretised:
         return -float(q.from_pi(q.T, mean + 1)[0]) - null
@@ -273,8 +296,8 @@ def progress_note(model, climbed):
 # ------------------------------------------------------------------------------------------------
 
 def evaluate(path, gpu, chains=(), parzen=False, comm=None):
-    """Every number and picture of a trained model: result.json and pictures beside its checkpoint, a page
-    on the terminal."""
+    """Every number and picture of a trained model: result.json and pictures beside its checkpoint,
+    and a page on the terminal."""
     checkpoint = checkpoint_in(path)
     model = load(checkpoint, dpm.backend(gpu), comm)
     dataset, about, T, D, q = load_for(model), model.about, model.T, model.D, model.diffusion
@@ -284,72 +307,51 @@ def evaluate(path, gpu, chains=(), parzen=False, comm=None):
         out = pathlib.Path("runs") / f"{checkpoint.absolute().parent.name}-{checkpoint.stem}"
     image, started = model.shape[:2] != (1, 1), time.perf_counter()
     if parzen and not (image and dataset.bytes and dataset.train is not None):
-        raise dpm.InputError(f"--parzen is for images of bytes, whole and from a file, and {about['dataset']} has none")
-    if leads:
-        writable(out / "result.json")
-    # Enough for a standard error of about 0.005 bits/dim; every t is used for as many as every other
+        raise dpm.InputError("--parzen is for images of bytes, whole and from a file, and "
+                             f"{about['dataset']} has none")
+    # Enough for a standard error of about 0.005 bits/dim, and every t is drawn equally often
     x0 = dataset.held_out(10_000 if image else 16_000)
     draws = min(T - 1, max(5 if image else 40, -(-2 * T // len(x0))))
     if leads:
+        writable(out / "result.json")
         print(f"evaluating {checkpoint} on {device_name(model.xp)}", flush=True)
 
     def bound(of, x0, desc="bound"):
-        return of.bound(x0, dpm.generator(np, "bound"), draws, progress=lambda blocks: bar(blocks, desc, leave=False))
+        return of.bound(x0, dpm.generator(np, "bound"), draws, progress=progress(desc))
 
-    def note(name, values):
-        return {f"{name}_bits": float(values.mean()) / LN2,
-                f"{name}_bits_se": float(values.std()) / math.sqrt(len(values)) / LN2}
-
-    found = bound(model, x0)
+    found, (lower, upper) = bound(model, x0), dpm.entropy_bounds(q, x0)
     finite(found["K"], "the bound")
-    lower, upper = dpm.entropy_bounds(q, x0)
-    result = dict(
-        {name: about[name] for name in ("dataset", "network", "objective", "variance", "predict", "decoder", "schedule",
-                                        "seconds", "device")},
-        examples=len(x0), timesteps=T, steps=about["trained_steps"], dimension=D, pixels=D // model.shape[2],
-        shift=model.shift, scale=model.scale, K_bits=found["K"] / LN2, K_bits_se=found["K_se"] / LN2,
-        L_null_bits=found["L_null"] / LN2, K_minus_L_null_bits=found["K_minus_L_null"] / LN2,
-        K_minus_L_null_bits_se=found["K_minus_L_null_se"] / LN2, kl_bits=(found["kl"] / LN2).tolist(),
-        **{f"{name}_bits": found[name] / LN2 for name in ("H_q_T", "H_q_1", "H_p_T", "L_T") if name in found},
-        **{f"entropy_{name}_bits": float(np.nansum(H[2:])) / LN2
-           for name, H in (("lower", lower), ("model", found["entropy"]), ("upper", upper))})
-    curves = {"the model": found["kl"]}
+    told = "dataset network objective variance predict decoder schedule seconds device"
+    result = {name: about[name] for name in told.split()}
+    result |= dict(examples=len(x0), timesteps=T, steps=about["trained_steps"], dimension=D,
+                   pixels=D // model.shape[2], shift=model.shift, scale=model.scale)
+    result |= {f"{name.replace('_se', '')}_bits{'_se' * name.endswith('_se')}": found[name] / LN2
+               for name in ("K", "K_se", "L_null", "K_minus_L_null", "K_minus_L_null_se", "H_q_T",
+                            "H_q_1", "H_p_T", "L_T") if name in found}
+    result["kl_bits"] = (found["kl"] / LN2).tolist()
+    for name, H in (("lower", lower), ("model", found["entropy"]), ("upper", upper)):
+        result[f"entropy_{name}_bits"] = float(np.nansum(H[2:])) / LN2
     if dataset.bytes:
         result |= bits_per_dim(result, D, model)
-    some = x0[:1000 if image else 4000]
+    some, curves = x0[:1000 if image else 4000], {"the model": found["kl"]}
     if not dataset.binary:
         for variance in ("learned", "beta", "posterior"):
             other = dpm.Gaussian(q.alpha_bar, model.xp, **dict(q.config, variance=variance))
             K = bound(model._with(other), some, f"bound, variance {variance}")["K"]
             result[f"K_{variance}_bits"] = K / LN2
     if dataset.truth:
-        moments, few = dataset.truth.moments, len(x0)
-        if dataset.binary:
-            moments = functools.partial(moments, rate=q.rate)
-        else:
-            few = max(500, 4000 * 2000 // len(dataset.truth.centres))  # a sum over the centres for each
-        host = type(q)(dpm.to_host(q.alpha_bar), **q.config)
-        ideal = dpm.DPM(host, dpm.IdealNetwork(moments), model.shape)
-        # With the same noise, so that points and noise cancel in the difference
-        best, ours = bound(ideal, x0[:few], "bound K*"), found if few == len(x0) else bound(model, x0[:few])
-        L = dataset.truth.log_density(x0)
-        curves["the ideal kernel"] = best["kl"]
-        result |= note("K_star_minus_K", best["K_each"] - ours["K_each"]) | note("L_true", L)
-        result |= dict(K_star_bits=result["K_bits"] + result["K_star_minus_K_bits"],
-                       K_star_bits_se=math.hypot(result["K_bits_se"], result["K_star_minus_K_bits_se"]))
-        log_w = dpm.log_weights(model, x0[:max(5, min(100, 8000 // T))], 1000, dpm.generator(np, "estimates"))
-        L = L[:len(log_w)]
-        result |= dict(estimate_examples=len(log_w), estimate_L_bits=float(L.mean()) / LN2)
-        for S in (1, 10, 100, 1000):
-            each = (logsumexp(log_w.reshape(len(log_w), -1, S), axis=2) - math.log(S)).mean(1)
-            result |= note(f"estimate_{S}", each) | note(f"L_minus_estimate_{S}", L - each)
+        truth, curves["the ideal kernel"] = beside_the_truth(model, dataset, x0, found, bound)
+        result |= truth
+        result |= dict(K_star_bits=result["K_bits"] + truth["K_star_minus_K_bits"],
+                       K_star_bits_se=math.hypot(result["K_bits_se"],
+                                                 truth["K_star_minus_K_bits_se"]))
     if image:
         result |= sample_measure(model, dataset)
     for short in shorter:
-        S = short.T
-        row = dict(steps=S, K_bits=bound(short, some, f"bound, {S} steps")["K"] / LN2)
+        row = dict(steps=short.T, K_bits=bound(short, some, f"bound, {short.T} steps")["K"] / LN2)
         if image:
-            row |= dict(bits_per_dim(row, D, model) if dataset.bytes else {}, **sample_measure(model, dataset, S))
+            row |= bits_per_dim(row, D, model) if dataset.bytes else {}
+            row |= sample_measure(model, dataset, short.T)
         result.setdefault("chains", []).append(row)
     if parzen:
         result |= parzen_estimate(model, dataset)
@@ -365,10 +367,39 @@ def evaluate(path, gpu, chains=(), parzen=False, comm=None):
     return result
 
 
+def beside_the_truth(model, dataset, x0, found, bound):
+    """What is known of data whose density is known: L, K* - K, and estimates of log p(x_0) by S
+    trajectories (bits); and the KLs of the ideal kernel (nats)."""
+    q, moments, few = model.diffusion, dataset.truth.moments, len(x0)
+    if dataset.binary:
+        moments = functools.partial(moments, rate=q.rate)
+    else:
+        few = max(500, 4000 * 2000 // len(dataset.truth.centres))  # each is a sum over the centres
+    host = type(q)(dpm.to_host(q.alpha_bar), **q.config)
+    best = bound(dpm.DPM(host, dpm.IdealNetwork(moments), model.shape), x0[:few], "bound K*")
+    # With the same noise, so that points and noise cancel in the difference
+    ours = found if few == len(x0) else bound(model, x0[:few])
+
+    def note(name, values):
+        return {f"{name}_bits": float(values.mean()) / LN2,
+                f"{name}_bits_se": float(values.std()) / math.sqrt(len(values)) / LN2}
+
+    L, rng = dataset.truth.log_density(x0), dpm.generator(np, "estimates")
+    result = note("K_star_minus_K", best["K_each"] - ours["K_each"]) | note("L_true", L)
+    log_w = dpm.log_weights(model, x0[:max(5, min(100, 8000 // model.T))], 1000, rng)
+    L = L[:len(log_w)]
+    result |= dict(estimate_examples=len(log_w), estimate_L_bits=float(L.mean()) / LN2)
+    for S in (1, 10, 100, 1000):
+        each = (logsumexp(log_w.reshape(len(log_w), -1, S), axis=2) - math.log(S)).mean(1)
+        result |= note(f"estimate_{S}", each) | note(f"L_minus_estimate_{S}", L - each)
+    return result, best["kl"]
+
+
 def finite(values, name):
     """InputError if the model has run to infinity, as it does with weights that are of no use."""
     if not np.isfinite(values).all():
-        raise dpm.InputError(f"{name} of this model: not finite; train it longer, or anew with a smaller --lr")
+        raise dpm.InputError(f"{name} of this model: not finite; train it longer, or anew with a "
+                             "smaller --lr")
 
 
 def bits_per_dim(r, D, model):
@@ -379,39 +410,45 @@ def bits_per_dim(r, D, model):
 
 
 def sample_measure(model, dataset, steps=50, number=500):
-    """How far samples are from test images, and training images as many, see dpm.frechet."""
+    """How far samples are from training images, and test images as many, see dpm.frechet."""
     steps = min(steps, model.T)
-    samples = model.sample(number, seed=1, steps=steps, progress=lambda ts: bar(ts, f"{number} samples", leave=False))
+    samples = model.sample(number, 1, steps, progress=progress(f"{number} samples"))
     finite(samples, "samples")
-    train = dataset.draw(5000, dpm.generator(np, "frechet"))
-    test = dataset.held_out(number)
-    return dict(frechet=dpm.frechet(train, samples), frechet_test=dpm.frechet(train, test), frechet_steps=steps)
+    train, test = dataset.draw(5000, dpm.generator(np, "frechet")), dataset.held_out(number)
+    return dict(frechet=dpm.frechet(train, samples), frechet_test=dpm.frechet(train, test),
+                frechet_steps=steps)
 
 
 def parzen_estimate(model, dataset, number=10_000, valid=1000):
-    """The paper's Table 2 for MNIST: the log density, in bits of pixels in [0, 1], of the test images under
-    Gaussians around `number` samples, of a width chosen out of ten by the last 1,000 training images."""
-    samples = model.sample(number, seed=1, steps=min(100, model.T), batch=200, progress=lambda ts: bar(ts, "Parzen samples"))
+    """The paper's Table 2 for MNIST: the log density, in bits of pixels in [0, 1], of the test
+    images under Gaussians around `number` samples. Their width is the best of ten for the last
+    1,000 training images."""
+    samples = model.sample(number, 1, min(100, model.T), batch=200,
+                           progress=progress("Parzen samples", leave=True))
     centres, by_width = figures.to_bytes(model, samples).reshape(number, -1) / 255, {}
     for sigma in bar(np.logspace(-1, 0, 10), "Parzen widths", leave=False):
-        by_width[sigma] = data.Mixture(centres, sigma).log_density(dataset.train[-valid:] / 255).mean()
+        mixture = data.Mixture(centres, sigma)
+        by_width[sigma] = mixture.log_density(dataset.train[-valid:] / 255).mean()
     sigma = max(by_width, key=by_width.get)
     each = data.Mixture(centres, sigma).log_density(dataset.test / 255) / LN2
-    return dict(parzen_bits=float(each.mean()), parzen_bits_se=float(each.std()) / math.sqrt(len(each)),
-                parzen_sigma=float(sigma))
+    return dict(parzen_bits=float(each.mean()), parzen_sigma=float(sigma),
+                parzen_bits_se=float(each.std()) / math.sqrt(len(each)))
 
 
 def draw(model, dataset, found, curves, entropies, result, out):
-    """All pictures of an evaluation; returns the table of rate and distortion for images of bytes."""
+    """All pictures of an evaluation; returns the table of rate and distortion of bytes."""
     T, D, table = model.T, model.D, []
     figures.curve(out / "log.csv", out / "training.png")
-    figures.by_t(T, curves, "KL, bits", "where the bound is lost: KL[q || p] of every step", out / "kl.png", yscale="log")
-    figures.by_t(T, {"upper bound": entropies[1] / D, "the model's": found["entropy"] / D, "lower bound": entropies[0] / D},
-                 "bits per dimension", "entropy of the reverse steps, eq. 24", out / "entropy.png")
+    figures.by_t(T, curves, "KL, bits", "where the bound is lost: KL[q || p] of every step",
+                 out / "kl.png", yscale="log")
+    by_name = {"upper bound": entropies[1] / D, "the model's": found["entropy"] / D,
+               "lower bound": entropies[0] / D}
+    figures.by_t(T, by_name, "bits per dimension", "entropy of the reverse steps, eq. 24",
+                 out / "entropy.png")
     if model.learned:
         figures.schedule(model, out / "schedule.png")
     if model.shape[:2] != (1, 1):
-        samples = model.sample(64, seed=model.about["seed"], progress=lambda ts: bar(ts, "samples", leave=False))
+        samples = model.sample(64, model.about["seed"], progress=progress("samples"))
         figures.save_picture(figures.grid(figures.to_bytes(model, samples)), out / "samples.png")
         if dataset.bytes:
             table = figures.rate_distortion(found, D, model.scale, out / "rate.png")
@@ -422,40 +459,46 @@ def draw(model, dataset, found, curves, entropies, result, out):
     elif dataset.truth:
         figures.figure_1(model, dataset, out / "figure1.png")
     else:
-        samples = model.sample(2000, model.about["seed"], batch=1000)
-        figures.save_picture(figures.points_picture(model, {"held out": dataset.held_out(2000), "samples": samples}),
-                             out / "samples.png")
+        sets = {"held out": dataset.held_out(2000),
+                "samples": model.sample(2000, model.about["seed"], batch=1000)}
+        figures.save_picture(figures.points_picture(model, sets), out / "samples.png")
     if dataset.truth:
-        figures.forgetting(model.diffusion, model.xp.asarray(dataset.held_out(500)), out / "forgetting.png")
+        x0 = model.xp.asarray(dataset.held_out(500))
+        figures.forgetting(model.diffusion, x0, out / "forgetting.png")
     if result.get("chains"):
         figures.against_steps(result["chains"], out / "steps.png")
     return table
 
 
 def print_page(r, table, image, binary):
+    """The numbers of result.json for people."""
     unit = "bits/pixel" if image else "bits/sequence" if binary else "bits/point"
     if not binary and "L_T_bits" not in r:
         unit += " of normalised data (variance 1)"
-    per = r["pixels"] if image else 1
+    per, steps = r["pixels"] if image else 1, f"t = 2..{r['timesteps']}"
+
+    def line(name, value, se=None, note="", digits=4):
+        error = " " * 10 if se is None else f" +- {se:.{digits}f}"
+        print(f"  {name:<22}{value:12.{digits}f}{error}  {note}")
 
     def row(name, key, note="", sign=1):
-        value, se = (r[key] if isinstance(r[key], float) else sum(r[key])), r.get(f"{key}_se")
-        error = f" +- {se / per:.4f}" if se is not None else " " * 10
-        print(f"  {name:<22}{sign * value / per:12.4f}{error}  {note}")
+        se = r.get(f"{key}_se")
+        line(name, sign * r[key] / per, None if se is None else se / per, note)
 
-    print(f"\n{r['dataset']}, T = {r['timesteps']}, {r['schedule']} schedule, network {r['network']}, trained on "
-          f"{r['objective']}; {r['examples']} held-out examples; {unit}")
+    print(f"\n{r['dataset']}, T = {r['timesteps']}, {r['schedule']} schedule, network "
+          f"{r['network']}, trained on {r['objective']}; {r['examples']} held-out examples; {unit}")
     row("K", "K_bits", "lower bound on the mean log likelihood (eq. 14)")
     if "L_T_bits" in r:
         row("  - L_T", "L_T_bits", "KL[q(x_T|x_0) || pi] (DDPM eq. 5)", -1)
-        print(f"  {'  - sum L_t-1':<22}{-sum(r['kl_bits'][2:]) / per:12.4f}            t = 2..{r['timesteps']}")
-        print(f"  {'  - L_0':<22}{-r['kl_bits'][1] / per:12.4f}            the discretised decoder")
+        line("  - sum L_t-1", -sum(r["kl_bits"][2:]) / per, note=steps)
+        line("  - L_0", -r["kl_bits"][1] / per, note="the discretised decoder")
     else:
-        row("  - sum of KLs", "kl_bits", f"t = 2..{r['timesteps']}", -1)
+        line("  - sum of KLs", -sum(r["kl_bits"]) / per, note=steps)
         row("  + H_q(X_T|X_0)", "H_q_T_bits")
         row("  - H_q(X_1|X_0)", "H_q_1_bits", sign=-1)
         row("  - H_p(X_T)", "H_p_T_bits", sign=-1)
-    row("L_null", "L_null_bits", "log likelihood under independent bits" if binary else "log likelihood under an isotropic Gaussian")
+    null = "independent bits" if binary else "an isotropic Gaussian"
+    row("L_null", "L_null_bits", f"log likelihood under {null}")
     row("K - L_null", "K_minus_L_null_bits")
     if "K_star_bits" in r:
         print("K <= K* <= L")
@@ -466,49 +509,58 @@ def print_page(r, table, image, binary):
         print("K of some of the examples, by f_sigma, from the same network")
         for variance in ("learned", "beta", "posterior"):
             row(variance, f"K_{variance}_bits")
-    print(f"entropy of the reverse steps, sum over t = 2..{r['timesteps']} (eq. 24)")
+    print(f"entropy of the reverse steps, sum over {steps} (eq. 24)")
     for name in ("upper", "model", "lower"):
         row("the model's" if name == "model" else f"{name} bound", f"entropy_{name}_bits")
     if "estimate_1_bits" in r:
-        print(f"log p(x_0) of {r['estimate_examples']} examples from S trajectories each (eqs. 6-9): L_1 is K in the mean")
+        print(f"log p(x_0) of {r['estimate_examples']} examples from S trajectories each "
+              "(eqs. 6-9): L_1 is K in the mean")
         for S in (1, 10, 100, 1000):
-            row(f"L_{S}", f"estimate_{S}_bits", f"L - L_{S} = {r[f'L_minus_estimate_{S}_bits']:.4f} +- "
-                                                f"{r[f'L_minus_estimate_{S}_bits_se']:.4f}")
+            gap, se = (r[f"L_minus_estimate_{S}_bits{end}"] for end in ("", "_se"))
+            row(f"L_{S}", f"estimate_{S}_bits", f"L - L_{S} = {gap:.4f} +- {se:.4f}")
         row("L of these", "estimate_L_bits")
     if "bits_per_dim" in r:
         kind = "discrete" if "L_T_bits" in r else "dequantised"
-        print(f"in the units of later papers\n  {'bits/dim':<22}{r['bits_per_dim']:12.4f} +- {r['bits_per_dim_se']:.4f}  "
-              f"of the 8-bit values, {kind}: a bound on code length")
+        print("in the units of later papers")
+        line("bits/dim", r["bits_per_dim"], r["bits_per_dim_se"],
+             f"of the 8-bit values, {kind}: a bound on code length")
     if table:
-        print("rate and distortion (DDPM, Table 4): bits/dim of the steps from T down, error of x_0 in 0..255")
+        print("rate and distortion (DDPM, Table 4): bits/dim of the steps from T down, error of "
+              "x_0 in 0..255")
         for t, rate, distortion in table:
             print(f"  down to t = {t:<10}{rate:12.4f}{distortion:10.2f}")
     if "frechet" in r:
-        print(f"samples against training images (Frechet distance of 40 principal components; 0 is the same, and it is\n"
-              f"blind to what Gaussians don't show)\n  {'samples':<22}{r['frechet']:12.3f}            by {r['frechet_steps']} steps\n"
-              f"  {'test images':<22}{r['frechet_test']:12.3f}")
+        print("samples against training images (Frechet distance of 40 principal components; 0 is "
+              "the same, and it is\nblind to what Gaussians don't show)")
+        line("samples", r["frechet"], note=f"by {r['frechet_steps']} steps", digits=3)
+        line("test images", r["frechet_test"], digits=3)
     for chain in r.get("chains", ()):
-        print(f"  chain of {chain['steps']:<5} steps: K {chain['K_bits'] / per:.4f}" +
-              "".join(f", {name} {chain[key]:.3f}" for name, key in (("bits/dim", "bits_per_dim"), ("Frechet", "frechet")) if key in chain))
+        names = {"bits/dim": "bits_per_dim", "Frechet": "frechet"}
+        print(f"  chain of {chain['steps']:<5} steps: K {chain['K_bits'] / per:.4f}", *(
+            f"{name} {chain[key]:.3f}" for name, key in names.items() if key in chain), sep=", ")
     if "parzen_bits" in r:
-        print(f"in the units of the paper's Table 2\n  {'Parzen, bits':<22}{r['parzen_bits']:12.1f} +- {r['parzen_bits_se']:.1f}")
+        print("in the units of the paper's Table 2")
+        line("Parzen, bits", r["parzen_bits"], r["parzen_bits_se"], digits=1)
 
 
 def compare(results):
     """K of several runs: a line for each, and a figure of K against T."""
-    print(f"\n{'data':<16}{'schedule':<10}{'objective':<11}{'T':>5}{'K':>12}{'+-':>8}{'K*':>10}{'K - L_null':>12}"
-          f"{'bits/dim':>10}{'Frechet':>9}{'seconds':>9}")
-    for r in sorted(results, key=lambda r: (r["dataset"], r["schedule"], r["objective"], r["timesteps"])):
-        K_star, bits, frechet = (f"{r[key]:.4f}" if key in r else "-" for key in ("K_star_bits", "bits_per_dim", "frechet"))
-        print(f"{pathlib.Path(r['dataset']).name:<16}{r['schedule']:<10}{r['objective']:<11}{r['timesteps']:>5}"
-              f"{r['K_bits']:>12.4f}{r['K_bits_se']:>8.4f}{K_star:>10}{r['K_minus_L_null_bits']:>12.4f}{bits:>10}"
-              f"{frechet:>9}{r['seconds']:>9.0f}")
+    print(f"\n{'data':<16}{'schedule':<10}{'objective':<11}{'T':>5}{'K':>12}{'+-':>8}{'K*':>10}"
+          f"{'K - L_null':>12}{'bits/dim':>10}{'Frechet':>9}{'seconds':>9}")
+    names = "dataset", "schedule", "objective", "timesteps"
+    for r in sorted(results, key=lambda r: [r[name] for name in names]):
+        K_star, bits, frechet = (f"{r[key]:.4f}" if key in r else "-"
+                                 for key in ("K_star_bits", "bits_per_dim", "frechet"))
+        print(f"{pathlib.Path(r['dataset']).name:<16}{r['schedule']:<10}{r['objective']:<11}"
+              f"{r['timesteps']:>5}{r['K_bits']:>12.4f}{r['K_bits_se']:>8.4f}{K_star:>10}"
+              f"{r['K_minus_L_null_bits']:>12.4f}{bits:>10}{frechet:>9}{r['seconds']:>9.0f}")
     figures.comparison(results, pathlib.Path("runs") / "comparison.png")
     print("runs/comparison.png")
 
 
 def benchmark(args):
-    """Training and sampling speed of the model that --dataset would train, beside a plain matrix product."""
+    """Training and sampling speed of the model that --dataset would train, beside a plain matrix
+    product."""
     xp, dataset = dpm.backend(args.gpu), data.load(args.dataset or "mnist", args.crop, args.resize)
     chosen = settings(args, dataset)
     model = new_model(dataset, chosen, xp)
@@ -532,9 +584,10 @@ def benchmark(args):
         model.gradient(xp.asarray(x0), 0, i)
         model.step(adam)
 
-    a = [xp.asarray(np.random.default_rng(0).standard_normal((size, size), dtype=model.dtype)) for _ in model.tapes]
+    rng = np.random.default_rng(0)
+    a = [xp.asarray(rng.standard_normal((size, size), dtype=model.dtype)) for _ in model.tapes]
     b = [xp.empty_like(x) for x in a]
-    product = lambda _: list(model.pool.map(lambda i: xp.matmul(a[i], a[i], out=b[i]), range(len(a))))
+    product = lambda _: list(model.pool.map(lambda x, y: xp.matmul(x, x, out=y), a, b))
     # The machine's speed drifts: rate and step are measured in turn
     rounds = [(2 * len(a) * size ** 3 / clock(product, 3) / 1e9, clock(step, 5)) for _ in range(5)]
     for tape in model.tapes:
@@ -545,16 +598,19 @@ def benchmark(args):
     share = statistics.median(gflop / s / r for r, s in rounds)
     x = xp.asarray(dataset.held_out(64))
     reverse = clock(lambda i: model.p_back(x, 2), 15)
-    print(f"{dataset.name} on {device_name(xp)}, {chosen['dtype']}")
-    print(f"  weights                  {model.theta.size:,}")
-    print(f"  a step of {number:<5}          {seconds * 1e3:.1f} ms, {number / seconds:,.0f} {noun(dataset)}/s")
-    print(f"  its matrix products      {gflop:.2f} GFLOP, {gflop / seconds:,.0f} GFLOP/s")
-    print(f"  a plain product          {rate:,.0f} GFLOP/s ({len(a)} x {size}^3 at once); the step runs at {share:.0%} of it")
-    print(f"  a reverse step of {len(x):<6} {reverse * 1e3:.2f} ms")
+    print(f"{dataset.name} on {device_name(xp)}, {chosen['dtype']}\n"
+          f"  weights                  {model.theta.size:,}\n"
+          f"  a step of {number:<5}          {seconds * 1e3:.1f} ms, {number / seconds:,.0f} "
+          f"{noun(dataset)}/s\n"
+          f"  its matrix products      {gflop:.2f} GFLOP, {gflop / seconds:,.0f} GFLOP/s\n"
+          f"  a plain product          {rate:,.0f} GFLOP/s ({len(a)} x {size}^3 at once); the step "
+          f"runs at {share:.0%} of it\n"
+          f"  a reverse step of {len(x):<6} {reverse * 1e3:.2f} ms")
     with contextlib.suppress(ImportError):  # not on Windows
         import resource
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(f"  peak memory              {peak / 2 ** (20 if platform.system() == 'Linux' else 30):.2f} GiB")
+        gib = peak / 2 ** (20 if platform.system() == "Linux" else 30)
+        print(f"  peak memory              {gib:.2f} GiB")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -575,8 +631,15 @@ class Lines:
 def bar(iterable, desc, **options):
     """A progress bar; in a file a line a minute. Of several ranks the first has one."""
     if not sys.stderr.isatty():
-        options |= dict(delay=60, mininterval=60, maxinterval=60, miniters=1, file=Lines(), ncols=100)
-    return tqdm(iterable, desc=desc, dynamic_ncols=sys.stderr.isatty(), disable=mpi_rank() > 0, **options)
+        options |= dict(delay=60, mininterval=60, maxinterval=60, miniters=1, file=Lines(),
+                        ncols=100)
+    return tqdm(iterable, desc=desc, dynamic_ncols=sys.stderr.isatty(), disable=mpi_rank() > 0,
+                **options)
+
+
+def progress(desc, leave=False):
+    """A function that shows a bar for what it is given, for dpm's `progress`."""
+    return lambda steps: bar(steps, desc, leave=leave)
 
 
 def mpi_rank():
@@ -592,7 +655,8 @@ def ranks(xp):
     try:
         return dpm.Ranks(xp)
     except ImportError as error:
-        raise dpm.InputError(f"mpirun: several processes need mpi4py: pip install mpi4py ({dpm.first_line(error)})") from None
+        raise dpm.InputError("mpirun: several processes need mpi4py: pip install mpi4py "
+                             f"({dpm.first_line(error)})") from None
 
 
 def noun(dataset):
@@ -600,14 +664,15 @@ def noun(dataset):
 
 
 def checkpoint_in(path):
-    """The checkpoint of the run in a directory; a path of anything else is that of a checkpoint itself."""
+    """The checkpoint of the run in a directory; any other path is that of a checkpoint itself."""
     path = pathlib.Path(path)
     return path / "checkpoint.npz" if path.is_dir() else path
 
 
 def newest_run():
     """The checkpoint in runs/ that was written last, or None."""
-    return max(pathlib.Path("runs").glob("*/checkpoint.npz"), key=lambda p: p.stat().st_mtime, default=None)
+    found = pathlib.Path("runs").glob("*/checkpoint.npz")
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def load(path, xp, comm=None):
@@ -622,7 +687,8 @@ def check_about(about, path):
     for kind, names in TOLD.items():
         for name in names.split():
             if name not in about or not isinstance(about[name], kind):
-                raise dpm.InputError(f"{path}: a damaged checkpoint, its {name} is {str(about.get(name)):.50}")
+                raise dpm.InputError(f"{path}: a damaged checkpoint, its {name} is "
+                                     f"{str(about.get(name)):.50}")
     sums = about.get("unlogged", [0.0] * 6)
     if not (isinstance(sums, list) and len(sums) == 6 and all(isinstance(s, float) for s in sums)):
         raise dpm.InputError(f"{path}: a damaged checkpoint, its unlogged sums are {str(sums):.50}")
@@ -633,8 +699,10 @@ def load_for(model):
     about = model.about
     dataset = data.load(about["dataset"], about["crop"], about["resize"], about["flips"])
     if (dataset.shape, dataset.digest) != (model.shape, about["digest"]):
-        raise dpm.InputError(f"{about['dataset']} is not the data that the checkpoint was trained on: it has changed")
-    dataset.shift, dataset.scale, dataset.dequantise = model.shift, model.scale, about["decoder"] == "dequantised"
+        raise dpm.InputError(f"{about['dataset']} is not the data that the checkpoint was trained "
+                             "on: it has changed")
+    dataset.shift, dataset.scale = model.shift, model.scale
+    dataset.dequantise = about["decoder"] == "dequantised"
     return dataset
 
 
@@ -655,7 +723,7 @@ def writable(path):
 
 @contextlib.contextmanager
 def locked(out):
-    """Keeps a second process out of a run's directory; the lock goes with the process, however it ends."""
+    """Keeps a second process out of a run's directory. The lock ends with the process."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as file:
         with contextlib.suppress(ImportError):  # not on Windows
@@ -663,7 +731,8 @@ def locked(out):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise dpm.InputError(f"{out} is in use by another process; wait for it, or choose another --out") from None
+                raise dpm.InputError(f"{out} is in use by another process; wait for it, or choose "
+                                     "another --out") from None
         yield
 
 
@@ -680,9 +749,10 @@ def start(args, comm):
     if args.out is not None and not args.out.strip():
         raise dpm.InputError("--out: give the name of a directory, or omit the flag")
     if args.out and (pathlib.Path(args.out) / "checkpoint.npz").exists():
-        raise dpm.InputError(f"--out {args.out} holds another run; choose a new directory, or go on with that run: "
-                             f"--resume {args.out}")
-    dataset = data.load("swissroll" if args.dataset is None else args.dataset, args.crop, args.resize, bool(args.flips))
+        raise dpm.InputError(f"--out {args.out} holds another run; choose a new directory, or go "
+                             f"on with that run: --resume {args.out}")
+    name = "swissroll" if args.dataset is None else args.dataset
+    dataset = data.load(name, args.crop, args.resize, bool(args.flips))
     chosen = settings(args, dataset)
     dataset.dequantise = chosen["decoder"] == "dequantised"
     model = new_model(dataset, chosen, xp, comm, args.threads)
@@ -691,7 +761,8 @@ def start(args, comm):
 
 
 def resume(args, comm):
-    """A stopped run, as its last checkpoint has it; of the training flags only --steps may differ."""
+    """A stopped run, as its last checkpoint has it. Of the training flags only --steps may differ.
+    """
     newest = newest_run()
     if not (args.resume or args.out or newest):
         raise dpm.InputError("--resume: there is no run in runs/; give a run's directory")
@@ -701,20 +772,21 @@ def resume(args, comm):
     dataset = load_for(model)
     shares = model.threads * model.comm.size
     if args.threads and args.threads * model.comm.size != shares and model.xp is np:
-        raise dpm.InputError(f"{out} was started with {shares} shares of a batch, which are threads times ranks, not "
-                             f"{args.threads * model.comm.size}; omit --threads")
+        raise dpm.InputError(f"{out} was started with {shares} shares of a batch, which are "
+                             f"threads times ranks, not {args.threads * model.comm.size}; omit "
+                             "--threads")
     if args.dataset is not None:
         args.dataset = data.load(args.dataset, args.crop, args.resize, bool(args.flips)).name
     for name in FIXED:
         if getattr(args, name, None) not in (None, model.about[name]):
-            raise dpm.InputError(f"{out} was started with --{name.replace('_', '-')} {model.about[name]}, not "
-                                 f"{getattr(args, name)}; omit the flag")
+            raise dpm.InputError(f"{out} was started with --{name.replace('_', '-')} "
+                                 f"{model.about[name]}, not {getattr(args, name)}; omit the flag")
     if args.steps:
         model.about["steps"] = args.steps[0]
     check(args, model.about, dataset)
-    if args.steps:
-        if args.steps[0] < max(1, adam.step):
-            raise dpm.InputError(f"{out} has made {adam.step} steps already; --steps {args.steps[0]} would be less")
+    if args.steps and args.steps[0] < max(1, adam.step):
+        raise dpm.InputError(f"{out} has made {adam.step} steps already; --steps {args.steps[0]} "
+                             "would be less")
     for name, value in optimiser_options(model.about).items():
         setattr(adam, name, value)
     return model, adam, dataset, out
@@ -739,8 +811,10 @@ def main():
         given = [name for name in (*FIXED, "out", "resume", "threads", "no_evaluate")
                  if getattr(args, name, None) not in (None, False)]
         if given:
-            raise dpm.InputError(f"--evaluate takes a run as it is; omit --{given[0].replace('_', '-')}")
-        results = [evaluate(path, args.gpu, args.steps or (), args.parzen, comm) for path in args.evaluate]
+            flag = given[0].replace("_", "-")
+            raise dpm.InputError(f"--evaluate takes a run as it is; omit --{flag}")
+        results = [evaluate(path, args.gpu, args.steps or (), args.parzen, comm)
+                   for path in args.evaluate]
         return compare(results) if len(results) > 1 and mpi_rank() == 0 else None
     model, adam, dataset, out = (start if args.resume is None else resume)(args, comm)
     leads = model.comm.rank == 0
@@ -749,7 +823,8 @@ def main():
         if leads:
             cut_log(out / "log.csv", adam.step)
             print(dataset.describe())
-            print(f"{out}: {model.theta.size:,} weights, T = {model.T}, on {device_name(model.xp)}", flush=True)
+            print(f"{out}: {model.theta.size:,} weights, T = {model.T}, on "
+                  f"{device_name(model.xp)}", flush=True)
         dataset.to(model.xp)
         if adam.step < model.about["steps"]:
             train(model, adam, dataset, out)
@@ -769,7 +844,7 @@ def run(main):
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's: what isn't finite is said once, by us
+    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's: what isn't finite, we say once
     status, message = 2, None
     try:
         return main()
