@@ -259,6 +259,7 @@ class Diffusion:
     p_x0(xt, t, z)       p(x_0 | x_t), what z says of x_0
     p_back(xt, t, z)     p(x_{t-1} | x_t), t >= 2: q_back averaged over p_x0
     kl(x0, xt, t, z)     KL[q_back || p_back], t >= 2, nats (n,), and dz, its derivative
+    x0_for_r(xt, t, z)   p_x0 as the guidance by r takes it
     dp_x0(xt, t, z, g)   dx and dz of a function whose gradient in the mean of p_x0 is g
     guided(p, t, g)      the g to tilt p = p_back by, for the gradient g of log r_t at x_t
     ideal(xt, t, ...)    the z of the best possible kernel, from moments of x_0 given x_t
@@ -363,11 +364,16 @@ class Gaussian(Diffusion):
         return v, u
 
     def p_x0(self, xt, t, z):
-        """N(cos phi x_t - sin phi v, sin^2 phi u), with the network's own u, and never quite
-        certain, so that whatever r knows of x_0 stays possible."""
+        """N(cos phi x_t - sin phi v, sin^2 phi u), with the network's own u."""
         cos, sin = self._at(t, self.cos, self.sin)
         v, u = (z[..., i].astype(np.float64) for i in (0, 1))
-        return Normal(self.xp, cos * xt - sin * v, sin ** 2 * self.xp.maximum(u, 1e-6))
+        return Normal(self.xp, cos * xt - sin * v, sin ** 2 * u)
+
+    def x0_for_r(self, xt, t, z):
+        """The same with u = 1, the variance of white data: errors that many coordinates share would
+        count as many observations, and drive x_t away from all data."""
+        z = self.xp.stack([z[..., 0], self.xp.ones(xt.shape)], 2)
+        return self.p_x0(xt, t, z)
 
     def dp_x0(self, xt, t, z, g):
         (cos, sin), dz = self._at(t, self.cos, self.sin), self.xp.zeros(z.shape, z.dtype)
@@ -560,6 +566,8 @@ class Binomial(Diffusion):
         """B(m), m = sigmoid(z + log odds of x_t alone), never quite certain either."""
         odds = self.xp.clip(z[..., 0] + self._log_odds(xt, t), -100, 100)
         return Bernoulli(self.xp, 1 / (1 + self.xp.exp(-odds)), 1 / (1 + self.xp.exp(odds)))
+
+    x0_for_r = p_x0
 
     def dp_x0(self, xt, t, z, g):
         """m (1 - m) g is the gradient in the log odds; those of x_t alone are linear in the bit."""
@@ -1901,7 +1909,7 @@ class Posterior:
         def work(tape, share, pieces):
             for i in pieces:
                 z[i] = model._z(x[i], t_x[i], tape)
-                p = q.p_x0(x[i], t_x[i], z[i])
+                p = q.x0_for_r(x[i], t_x[i], z[i])
                 log_r[i], dmean = self.rows(i).of_x0(p)
                 dx, dz = q.dp_x0(x[i], t_x[i], z[i], dmean)
                 g[i] = dx + model._backward(dz, tape)

@@ -1360,7 +1360,7 @@ def test_r_of_what_a_network_predicts(q, network, shape, predict, monkeypatch):
         at, expected, (p, found, g) = np.full(5, t), model.p_back(x, t), posterior.predicted(x, t)
         close(p.mean, expected.mean)
         close(p.variance, expected.variance)
-        variance = q.p_x0(x, at, model.forward(x, at)).variance
+        variance = q.x0_for_r(x, at, model.forward(x, at)).variance
         assert np.isfinite(found).all()
         close(found, log_r(at, variance))
         for direction in rng(68).standard_normal((3, *x.shape)):

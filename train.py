@@ -309,7 +309,7 @@ def evaluate(path, gpu, chains=(), parzen=False, comm=None):
     if parzen and not (image and dataset.bytes and dataset.train is not None):
         raise dpm.InputError("--parzen is for images of bytes, whole and from a file, and "
                              f"{about['dataset']} has none")
-    # Enough for a standard error of about 0.005 bits/dim, and every t is drawn equally often
+    # Enough for a standard error below 0.01 bits/dim, and every t is drawn equally often
     x0 = dataset.held_out(10_000 if image else 16_000)
     draws = min(T - 1, max(5 if image else 40, -(-2 * T // len(x0))))
     if leads:
