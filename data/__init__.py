@@ -21,12 +21,12 @@ raw = byte + u with u uniform on [0, 1), fresh at every draw. Zeros and ones sta
 `load` raises an InputError of one line where data cannot be used. Beside it: files.py reads,
 arrays.py is data from files, endless.py is data made by a law.
 """
+from dpm import InputError, generator  # before numpy: dpm keeps BLAS to one thread
+
 import os
 import pathlib
 
 import numpy as np
-
-from dpm import InputError, generator
 
 from .arrays import Crops, Data, blocks_of
 from .endless import DeadLeaves, Heartbeat, Mixture, Patterns, SwissRoll
