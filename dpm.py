@@ -394,9 +394,9 @@ class Gaussian(Diffusion):
         return Normal(xp, xp.sqrt(before) * x0 + along * eps, eta ** 2 * beta_tilde * (1 + c * u))
 
     def guided(self, p, t, g):
-        """Given r, the mean of x_0 moves by g sin^2 phi / cos phi (Tweedie's formula), and f_mu with
-        it; for small steps that is eq. 61, g f_sigma. A move by more than five deviations of the
-        data is an error of the network, and is cut."""
+        """Given r, the mean of x_0 moves by g sin^2 phi / cos phi (Tweedie's formula), and f_mu
+        with it; for small steps that is eq. 61, g f_sigma. A move by more than five deviations of
+        the data is an error of the network, and is cut."""
         cos, sin, from_x0 = self._at(t, self.cos, self.sin, self.from_x0)
         return from_x0 * self.xp.clip(sin ** 2 / cos * g, -5, 5) / p.variance
 
