@@ -1602,18 +1602,21 @@ class DPM:
 
     # Samples
 
-    def sample(self, number, seed=0, steps=None, eta=1.0, batch=64, keep=(), progress=iter):
+    def sample(self, number, seed=0, steps=None, eta=1.0, batch=64, keep=(), progress=iter,
+               first=0):
         """Samples (number, D) of p(x_0): x_T ~ pi, then x_{t-1} ~ p(x_{t-1} | x_t) for t = T..1
         (eqs. 4, 5 and 44). They are true draws, not means.
 
         steps   use this many of the T steps, see Diffusion.shortened
         eta     from 0, no noise, to 1, the model's, see Gaussian.p_back
         keep    times t whose x_t are wanted too: then the result is (samples, {t: x_t})
+        first   begin with sample number `first`, so that many can be drawn part by part
 
         Sample k has its own noise, from (seed, k): up to rounding it is the same on every device
         and for every size of `batch`. InputError for steps or eta outside of their limits."""
         if steps:
-            return self.shortened(steps).sample(number, seed, None, eta, batch, keep, progress)
+            return self.shortened(steps).sample(number, seed, None, eta, batch, keep, progress,
+                                                first)
         if not 0 <= eta <= 1:
             raise InputError(f"eta lies between 0 (no noise) and 1 (the model's), not {eta}")
         xp, q = self.xp, self.diffusion
@@ -1630,9 +1633,9 @@ class DPM:
                 tick()
             return x, kept
 
-        return self.chains(draw_batch, number, seed, batch, keep, progress)
+        return self.chains(draw_batch, number, seed, batch, keep, progress, first)
 
-    def chains(self, draw_batch, number, seed, batch, keep, progress):
+    def chains(self, draw_batch, number, seed, batch, keep, progress, first=0):
         """All samples, `batch` at a time, dealt out to the ranks. draw_batch(rngs, rows, tick)
         gives x_0 of the samples in the slice rows, and {t: x_t}; rngs are their generators, one
         each, and it calls tick() at every t."""
@@ -1642,7 +1645,8 @@ class DPM:
         ticks = iter(progress(range(self.T * len(starts))))
         for start in starts:
             rows = slice(start, min(start + batch, number))
-            rngs = [generator(np, "sample", seed, k) for k in range(rows.start, rows.stop)]
+            rngs = [generator(np, "sample", seed, first + k)
+                    for k in range(rows.start, rows.stop)]
             x, past = draw_batch(rngs, rows, lambda: next(ticks))
             samples[rows] = to_host(x)
             for t in keep:

@@ -10,12 +10,20 @@ Writes NAME.png and NAME.npz, the arrays behind it in the data's units: samples,
 and for posterior samples truth, given, unknown; for images also nearest, the
 training images nearest to them.
 """
-import dpm  # first: it keeps BLAS to one thread, before numpy starts it
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while modules are loaded ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import dpm  # before numpy: it keeps BLAS to one thread
 
 import argparse
+import itertools
 import math
 import os
 import pathlib
+import shutil
+import zipfile
 
 import numpy as np
 
@@ -28,6 +36,7 @@ DEFAULT_STEPS = dict(images=100, sequences=None, points=None)    # of posteriors
 DEFAULT_FREE_STEPS = dict(images=250, sequences=None, points=None)   # of free samples
 NUMBER = dict(images=64, sequences=40, points=2000)             # of free samples
 GIVEN = 8                       # how many test examples are completed or denoised
+PART = 4096                     # free samples are drawn and written so many at a time
 SHOWN = 1024                    # images or sequences in a picture, at most
 MOVED = dict(images=64, sequences=64, points=2000)              # in a GIF or a strip, at most
 SIGMA = 1e-6, 1e6               # of --denoise, at least and at most
@@ -123,19 +132,22 @@ def find_checkpoint(given):
     return train.checkpoint_in(given) if given is not None else train.newest_run() or SHIPPED
 
 
-def check_memory(model, args, chains):
-    """InputError if this machine cannot hold so many chains, or one batch in the network."""
+def check_room(model, args, chains, path):
+    """InputError if this machine cannot hold the chains of a part, or one batch in the network, or
+    its disk not the samples."""
     try:
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     except (AttributeError, ValueError, OSError):   # Windows does not say
         have = 16
-    stored = chains * model.D * (8 if args.mode == "samples" else 40)
+    stored = min(chains, PART) * model.D * 24 if args.mode == "samples" else chains * model.D * 40
     network = model.threads * max(6400, model.shape[0] * model.shape[1]) * PIXEL
     crowd = 100 * model.D * (args.particles or 1)
-    need = min(stored + network + crowd, 10 ** 18) / 1e9
-    if need > have:
-        raise dpm.InputError(f"this takes about {need:.3g} GB of memory, and the machine has "
-                             f"{have:.3g}: fewer samples or particles, or smaller pictures")
+    disk = chains * model.D * 8 / 1e9
+    for what, need, have in (("memory, and the machine", (stored + network + crowd) / 1e9, have),
+                             ("disk, which", disk, shutil.disk_usage(path.parent).free / 1e9)):
+        if need > have:
+            raise dpm.InputError(f"this takes about {min(need, 1e9):.3g} GB of {what} has "
+                                 f"{have:.3g}: fewer samples or particles, or smaller pictures")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -236,17 +248,38 @@ def sampler(model, args, r):
     return lambda n, **more: posterior.rows(slice(n)).sample(n, **options, **more)
 
 
-def draw(sample, chains, args, kind, T):
-    """Samples (chains, D), and {t: x_t} of the first of them if their way is wanted. Sample k is
-    the same however many there are, so those of the way may be drawn twice, and the rest is not
-    kept in memory at every t."""
+def parts_of(sample, number):
+    """Free samples (n, D), part by part, so that memory does not grow with their number."""
+    for first in range(0, number, PART):
+        yield sample(min(PART, number - first), first=first)
+
+
+def checked(samples):
+    train.finite(samples, "samples")
+    return samples
+
+
+def on_the_way(sample, chains, args, kind, T):
+    """{t: x_t} of the first of the samples, at the times of a GIF or a strip. Sample k is the same
+    however many there are: here the first ones are drawn again."""
     if not args.gif and not args.trajectory:
-        return sample(chains), {}
+        return {}
     times = figures.times(T, 60) * args.gif + figures.times(T, 10) * args.trajectory
-    first = min(chains, MOVED[kind])
-    samples, kept = sample(first, keep=set(times) - {0})
-    kept[0] = samples.copy()
-    return samples if first == chains else sample(chains), kept
+    samples, kept = sample(min(chains, MOVED[kind]), keep=set(times) - {0})
+    return kept | {0: samples}
+
+
+def write_arrays(path, shape, parts, others):
+    """An .npz with `samples` of this shape, which come in parts, and the other arrays."""
+    with dpm.written_whole(path) as part, zipfile.ZipFile(part, "w") as archive:
+        with archive.open("samples.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(
+                file, dict(descr="<f8", fortran_order=False, shape=shape))
+            for x in parts:
+                file.write(np.ascontiguousarray(x, "<f8").tobytes())
+        for name, x in others.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, x)
 
 
 def nearest(dataset, x):
@@ -293,8 +326,7 @@ def main():
     args = arguments()
     check(args)
     free, checkpoint = args.mode == "samples", find_checkpoint(args.checkpoint)
-    xp = dpm.backend(args.gpu)
-    model = train.load(checkpoint, xp, train.ranks(xp))
+    model = train.load(checkpoint, xp := dpm.backend(args.gpu), train.ranks(xp))
     say = print if model.comm.rank == 0 else lambda *_, **__: None
     kind, T, shape, dataset = figures.kind_of(model), model.T, model.shape, None
     try:
@@ -313,50 +345,53 @@ def main():
     if args.input:
         model, truth = own_pictures(model, args)
         number = len(truth)
-    draws = 1 if free else draws_of(model)
-    check_memory(model, args, number * draws)
+    draws, paths = 1 if free else draws_of(model), files(args)
+    check_room(model, args, number * draws, paths[".npz"])
     say(f"{checkpoint} on {train.device_name(model.xp)}: {number} "
         f"{kind if number > 1 else kind[:-1]} of {data.printable(model.about['dataset'])}, "
         f"{model.T} of T = {T} steps", flush=True)
-    r = unknown = None
+    r, unknown, sets, extra, arrays = None, None, {}, {}, {}
     if not free:
         truth = truth if args.input else test_examples(dataset, args)
         given, unknown, r = observed(model, args, truth, draws)
-    paths = files(args)
-    samples, kept = draw(sampler(model, args, r), number * draws, args, kind, model.T)
-    train.finite(samples, "samples")
+        noisy = args.input and args.mode == "denoise"
+        sets = ({} if noisy else {"truth": truth[:, None]}) | {"given": given[:, None]}
+        arrays = {name: model.raw(x[:, 0]) for name, x in sets.items()}
+        arrays |= {} if unknown is None else dict(unknown=unknown)
 
-    sets, extra = dict(samples=samples.reshape(number, draws, model.D)), {}
+    sample = sampler(model, args, r)
+    parts = parts_of(sample, number) if free else iter([sample(number * draws)])
+    first = checked(next(parts))                    # these are shown and measured
+    sets["samples"] = first.reshape(-1, draws, model.D)
     if not free:
         for line in report(model, args, truth, given, unknown, sets["samples"]):
             say(line)
-        noisy = args.input and args.mode == "denoise"
-        sets = ({} if noisy else {"truth": truth[:, None]}) | {"given": given[:, None]} | sets
         if args.mode == "denoise" and kind != "points":
             extra["their mean"] = sets["samples"].mean(1, keepdims=True)
-    arrays = {name: x if name == "samples" and not free else x[:, 0] for name, x in sets.items()}
     if kind == "images" and dataset and dataset.train is not None and model.shape == shape:
-        arrays["nearest"], distance = nearest(dataset, sets["samples"][:SHOWN, 0])
+        near, distance = nearest(dataset, sets["samples"][:SHOWN, 0])
         usual = nearest(dataset, dataset.held_out(len(distance)))[1]
         say(f"nearest training image: {distance.mean():.3f} away, root mean square in units of the "
             f"data's deviation; for test images it is {usual.mean():.3f}")
+        arrays["nearest"] = model.raw(near)
         if args.mode == "inpaint":
-            extra["the training image nearest to the first of them"] = arrays["nearest"][:, None]
+            extra["the training image nearest to the first of them"] = near[:, None]
+    kept = on_the_way(sample, number * draws, args, kind, model.T)
+    parts = itertools.chain([first], map(checked, parts))
     if model.comm.rank > 0:
-        return
+        return list(map(len, parts))                # the first rank writes
 
+    shape = (number, *[draws] * (not free), model.D)
+    write_arrays(paths[".npz"], shape, map(model.raw, parts), arrays)
     picture, layout = figures.sheet_of(model, sets, extra, SHOWN)
+    if free and not layout.startswith(f"{number} "):
+        layout = f"the first {layout} of {number}"
     figures.save_picture(picture, paths[".png"])
     if args.trajectory:
         figures.save_picture(figures.strip(model, kept, draws), paths["-trajectory.png"])
     if args.gif:
         columns = draws if not free else 1 if kind == "sequences" else 8
         figures.save_gif(*figures.frames(model, kept, columns), paths[".gif"])
-    for x in arrays.values():                       # to the data's units, in place
-        x *= model.scale
-        x += model.shift
-    with dpm.written_whole(paths[".npz"]) as part, open(part, "wb") as file:
-        np.savez(file, **arrays, **({} if unknown is None else dict(unknown=unknown)))
     say(f"{paths['.png']}: {layout}; {', '.join(str(path) for path in list(paths.values())[1:])}")
 
 

@@ -2280,6 +2280,15 @@ def test_a_stop_while_evaluating(place):
 
 
 @scripts
+def test_a_stop_while_modules_are_loaded(tmp_path):
+    running = process(cwd=tmp_path)
+    time.sleep(0.4)
+    running.send_signal(signal.SIGINT)
+    end = ended(running)
+    assert end.status in (130, -signal.SIGINT) and "Traceback" not in end.err
+
+
+@scripts
 def test_a_loss_that_turns_nan(tmp_path):
     """One line, without NumPy's warnings, and the last good checkpoint is kept."""
     end = ended(process("--lr", "1e30", "--steps", 200, "--timesteps", 8, cwd=tmp_path))
@@ -2390,6 +2399,16 @@ def test_free_samples(place):
     assert drawn(place, "--number", 50, run="roll").samples.shape == (50, 2)
     assert set(np.unique(drawn(place, "--number", 4, run="heartbeat").samples)) <= {0, 1}
     assert drawn(place, "--number", 2, run="colours").samples.shape == (2, 192)
+
+
+@scripts
+def test_samples_are_written_part_by_part(place, monkeypatch):
+    whole = drawn(place, "--number", 5)
+    monkeypatch.setattr(sample, "PART", 2)
+    parts = drawn(place, "--number", 5)
+    assert "the first 2 samples of 5" in parts.said
+    assert (np.floor(parts.samples) == np.floor(whole.samples)).mean() > 0.99
+    assert parts.samples == pytest.approx(whole.samples, rel=1e-3)
 
 
 @scripts
@@ -2568,7 +2587,7 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
             ("damaged", "--checkpoint", "nan.npz"),
             ("has changed", "--checkpoint", "changed", "--inpaint"),
             ("gone.npy", "--checkpoint", "gone.npz", "--denoise", 1),
-            ("--number must be", *known, "--number", 0), ("memory", *known, "--number", 10 ** 11),
+            ("--number must be", *known, "--number", 0), ("GB of disk", *known, "--number", 10 ** 11),
             ("a chain of 8", *known, "--steps", 9), ("2..8", *known, "--steps", 0),
             ("--eta lies", *known, "--eta", 1.5), ("--eta lies", *known, "--eta", "nan"),
             ("--eta is for free", *known, "--denoise", 1, "--eta", 1),

@@ -12,7 +12,12 @@
     python train.py --benchmark                      # images/s, and how near the machine's limit
     mpirun -n 2 python train.py --dataset mnist      # on more than one machine, with mpi4py
 """
-import dpm  # first: it keeps BLAS to one thread, before numpy starts it
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while modules are loaded ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import dpm  # before numpy: it keeps BLAS to one thread
 
 import argparse
 import contextlib
@@ -23,7 +28,6 @@ import math
 import os
 import pathlib
 import platform
-import signal
 import statistics
 import sys
 import time
