@@ -909,10 +909,10 @@ class Whole(Sequential):
 # Features: what a network is told of each value x besides x itself
 
 class Waves(Layer):
-    """sin and cos of 2^k pi x for k in scales.        dx = sum 2^k pi (cos dsin - sin dcos)"""
+    """sin and cos of rate x, for each of the rates.        dx = sum rate (cos dsin - sin dcos)"""
 
-    def __init__(self, scales):
-        self.rates = [2.0 ** k * math.pi for k in scales]
+    def __init__(self, rates):
+        self.rates = [float(rate) for rate in rates]
 
     def forward(self, x, tape):
         z = tape.xp.concatenate([x * rate for rate in self.rates], -1)
@@ -1081,30 +1081,16 @@ class PaperKernel:
 
 # Networks
 
-class Phases(Layer):
-    """sin and cos of the noise level at 32 frequencies. dx, here dlevel, is that of Waves."""
-
-    frequencies = np.exp(np.linspace(0, 5, 32)) / 40
-
-    def forward(self, x, tape):
-        z = x * tape.xp.asarray(self.frequencies.astype(x.dtype))
-        tape.saved.append((tape.xp.sin(z), tape.xp.cos(z)))
-        return tape.xp.concatenate(tape.saved[-1], -1)
-
-    def backward(self, dy, tape):
-        (sin, cos), (dsin, dcos) = tape.saved.pop(), tape.xp.split(dy, 2, -1)
-        dz = (cos * dsin - sin * dcos) * tape.xp.asarray(self.frequencies.astype(dy.dtype))
-        return dz.sum(-1, keepdims=True)
-
-
 class Network:
-    """y = readout(body(x)), where the Time layers of the body hear e = time(phases of the level).
+    """y = readout(body(x)), where the Time layers of the body hear e = time(waves of the level).
 
     Of t it knows only how strong the noise is (and s, with PaperKernel). So it serves any part of
     the T steps, and a schedule that is learned."""
 
+    rates = np.exp(np.linspace(0, 5, 32)) / 40
+
     def __init__(self, body, readout, *time):
-        self.body, self.readout, self.time = body, readout, Sequential(Phases(), *time)
+        self.body, self.readout, self.time = body, readout, Sequential(Waves(self.rates), *time)
 
     def with_weights(self):
         """Its layers that have weights, in a fixed order."""
@@ -1133,13 +1119,18 @@ class Network:
 
 
 def time_layers(time):
-    """The layers that make e (n, time) of the 64 phases."""
+    """The layers that make e (n, time) of the 64 waves."""
     return Dense(64, time), Rectifier(), Dense(time, time), Rectifier()
 
 
 def features(channels, scales, edges):
-    """A layer with x, its waves and its distances from edges side by side; and its channels."""
-    layers = [Identity(), *([Waves(scales)] if scales else []), *([Edges(edges)] if edges else [])]
+    """A layer with x, sin and cos of 2^k pi x for k in scales, and its distances from edges side by
+    side; and its channels."""
+    layers = [Identity()]
+    if scales:
+        layers.append(Waves([2.0 ** k * math.pi for k in scales]))
+    if edges:
+        layers.append(Edges(edges))
     return Beside(*layers), channels * (1 + 2 * len(scales) + 2 * len(edges))
 
 
@@ -1411,14 +1402,14 @@ class DPM:
 
     # Shares and pieces: the only place that knows of them
 
-    def _deal(self, work, n, all_ranks=False):
+    def deal(self, work, n, all_ranks=False):
         """work(tape, share, pieces) in every thread: its share of n examples, slice(i, n, shares),
         and the same cut into the slices that are worked on at once."""
         first = self.comm.rank * self.threads if all_ranks else 0
         shares = self.comm.size * self.threads if all_ranks else self.threads
 
         def run(tape, i):
-            cuts = self._slices(len(range(i, n, shares)))
+            cuts = self.slices(len(range(i, n, shares)))
             work(tape, slice(i, n, shares), [
                 slice(i + cut.start * shares, i + cut.stop * shares, shares) for cut in cuts])
 
@@ -1430,12 +1421,12 @@ class DPM:
         for job in jobs:
             job.result()
 
-    def _slices(self, n):
+    def slices(self, n):
         """n examples cut into slices that fit the cache; one slice on a GPU."""
         size = max(1, 6400 // (self.shape[0] * self.shape[1])) if self.xp is np else n
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
-    def _z(self, x, t, tape):
+    def piece(self, x, t, tape):
         """The network's z (n, D, outputs) for x (n, D) and t (n,), in one thread."""
         q = self.diffusion
         if isinstance(self.network, IdealNetwork):
@@ -1443,8 +1434,8 @@ class DPM:
         image = x.astype(self.dtype).reshape(len(x), *self.shape)
         return self.network.forward(image, q.level[t], q.s[t], tape).reshape(*x.shape, q.outputs)
 
-    def _backward(self, dz, tape):
-        """dx (n, D) of the last _z; the gradients in level and s are on the tape."""
+    def piece_backward(self, dz, tape):
+        """dx (n, D) of the last `piece`; the gradients in level and s are on the tape."""
         dz = dz.astype(self.dtype).reshape(len(dz), *self.shape[:2], -1)
         return self.network.backward(dz, tape).reshape(len(dz), -1)
 
@@ -1456,9 +1447,9 @@ class DPM:
 
         def work(tape, share, pieces):
             for i in pieces:
-                z[i] = self._z(x[i], t[i], tape)
+                z[i] = self.piece(x[i], t[i], tape)
 
-        self._deal(work, len(x))
+        self.deal(work, len(x))
         return z
 
     def p_back(self, x, t, eta=1.0):
@@ -1568,16 +1559,16 @@ class DPM:
             noise = q.distribution.noise(x0[share].shape, rng, self.dtype)
             xt[share] = q.q_jump(x0[share], t[share]).draw(noise)
             for i in pieces:
-                z = self._z(xt[i], t[i], tape)
+                z = self.piece(xt[i], t[i], tape)
                 loss[i], dz = self._loss(x0[i], xt[i], t[i], z, error)
-                dx = self._backward(dz * factor[i, None, None], tape)
+                dx = self.piece_backward(dz * factor[i, None, None], tape)
                 if self.learned:
                     dpsi = self._dpsi(x0[i], xt[i], t[i], z, dx, tape, factor[i], n)
                     tape.dtheta[self.learned]["psi"] += dpsi
 
         for grad in self.grads:
             grad[...] = 0
-        self._deal(work, n, all_ranks=True)
+        self.deal(work, n, all_ranks=True)
         for grad in self.grads[1:]:
             self.grads[0] += grad
         self.grad, loss = self.comm.sum(self.grads[0]), self.comm.sum(loss)
@@ -1913,13 +1904,13 @@ class Posterior:
 
         def work(tape, share, pieces):
             for i in pieces:
-                z[i] = model._z(x[i], t_x[i], tape)
+                z[i] = model.piece(x[i], t_x[i], tape)
                 p = q.x0_for_r(x[i], t_x[i], z[i])
                 log_r[i], dmean = self.rows(i).of_x0(p)
                 dx, dz = q.dp_x0(x[i], t_x[i], z[i], dmean)
-                g[i] = dx + model._backward(dz, tape)
+                g[i] = dx + model.piece_backward(dz, tape)
 
-        model._deal(work, len(x))
+        model.deal(work, len(x))
         p = q.p_back(x, t_x, z)
         return p, log_r, q.guided(p, t_x, g)
 

@@ -49,10 +49,7 @@ PARTS = "left", "right", "top", "bottom", "center"
 # -------------------------------------------------------------------------------------------------
 
 def arguments():
-    p = train.Parser(
-        description=__doc__, usage="python sample.py [flags]", add_help=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=22))
+    p = train.Parser("sample.py", __doc__)
     g = p.add_argument_group("what to draw")
     g.add_argument("--checkpoint", metavar="PATH", help="a checkpoint, or the directory of a run")
     g.add_argument("--number", metavar="N", type=int, help="how many samples, or test examples")

@@ -65,50 +65,65 @@ FIXED = ("dataset", "batch_size", "lr", "timesteps", "schedule", *ALWAYS)  # for
 
 
 class Parser(argparse.ArgumentParser):
+    """A page of help that fits a screen, and errors of one line."""
+
+    def __init__(self, script, page):
+        super().__init__(usage=f"python {script} [flags]", description=page, add_help=False,
+                         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+                             prog, max_help_position=23, width=100))
+
     def error(self, message):
         raise dpm.InputError(f"{message}; see --help")
 
 
 def arguments():
-    p = Parser(usage="python train.py [flags]", description=__doc__,
-               formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", metavar="NAME|PATH", help="swissroll, heartbeat, mnist, "
-                   "deadleaves, gravel, or the path of a file or folder (default: swissroll)")
-    p.add_argument("--gpu", action=argparse.BooleanOptionalAction, help="use CuPy [if it works]")
-    p.add_argument("--out", metavar="DIR", help="the run's directory [runs/<dataset>, -2, -3, ...]")
-    p.add_argument("--resume", metavar="DIR", nargs="?", const="",
-                   help="go on with a run; of the training flags only --steps may differ")
-    p.add_argument("--evaluate", metavar="DIR", nargs="+", help="only evaluate runs or checkpoint "
-                   "files; with --steps S ... also chains of S steps")
-    p.add_argument("--no-evaluate", action="store_true", help="only train")
-    p.add_argument("--parzen", action="store_true", help="with --evaluate: the paper's Table 2")
-    p.add_argument("--benchmark", action="store_true", help="only measure the speed [mnist]")
+    p = Parser("train.py", __doc__)
     v, i, b = DEFAULTS["vector"], DEFAULTS["image"], BITS["vector"]
-    g = p.add_argument_group("training; defaults in brackets: vectors | images | binary vectors")
     show = lambda name: f"[{v[name]} | {i[name]} | {b[name]}]"
-    g.add_argument("--steps", type=int, nargs="+", help=f"gradient steps {show('steps')}")
-    g.add_argument("--batch-size", type=int, help=f"examples in a step {show('batch_size')}")
-    g.add_argument("--lr", type=float, help=f"peak learning rate of Adam {show('lr')}")
-    g.add_argument("--seed", type=int, help="of weights, batches and noise [0]")
-    g.add_argument("--threads", type=int, metavar="N", help="of a process [its part of the cores]")
-    g.add_argument("--dtype", choices=["float32", "float64"], help="of the network [float32]")
-    g.add_argument("--crop", type=int, metavar="S", help="random S x S crops of larger pictures")
-    g.add_argument("--resize", type=int, metavar="S", help="resize pictures to S x S")
-    g.add_argument("--flips", action="store_true", default=None, help="mirror crops at random")
+    g = p.add_argument_group("what to do")
+    g.add_argument("--dataset", metavar="NAME|PATH", help="swissroll, heartbeat, mnist, "
+                   "deadleaves, gravel, or a file or folder [swissroll]")
+    g.add_argument("--gpu", action=argparse.BooleanOptionalAction, help="use CuPy [if it works]")
+    g.add_argument("--out", metavar="DIR", help="the run's directory [runs/<dataset>, -2, -3, ...]")
+    g.add_argument("--resume", metavar="DIR", nargs="?", const="",
+                   help="go on with a run; of the training flags only --steps may differ")
+    g.add_argument("--no-evaluate", action="store_true", help="only train")
+    g.add_argument("--evaluate", metavar="DIR", nargs="+", help="only evaluate runs or checkpoint "
+                   "files; with --steps S ... also chains of S steps")
+    g.add_argument("--parzen", action="store_true", help="with --evaluate: the paper's Table 2")
+    g.add_argument("--benchmark", action="store_true", help="only measure the speed [mnist]")
+    g = p.add_argument_group("training; defaults in brackets: vectors | images | binary vectors")
+    g.add_argument("--steps", metavar="N", type=int, nargs="+",
+                   help=f"gradient steps {show('steps')}")
+    g.add_argument("--batch-size", metavar="N", type=int,
+                   help=f"examples in a step {show('batch_size')}")
+    g.add_argument("--lr", metavar="X", type=float,
+                   help=f"peak learning rate of Adam {show('lr')}")
+    g.add_argument("--seed", metavar="N", type=int, help="of weights, batches and noise [0]")
+    g.add_argument("--threads", metavar="N", type=int, help="of a process [its part of the cores]")
+    g.add_argument("--dtype", metavar="TYPE", choices=["float32", "float64"],
+                   help="of the network: float32, float64 [float32]")
+    g.add_argument("--crop", metavar="S", type=int, help="random S x S crops of larger pictures")
+    g.add_argument("--resize", metavar="S", type=int, help="resize pictures to S x S")
+    g.add_argument("--flips", action="store_true", default=None, help="mirror pictures at random")
     g = p.add_argument_group("the model")
-    g.add_argument("--network", choices=dpm.NETWORKS,
-                   help="mlp for vectors, unet for images, or the paper's")
-    g.add_argument("--timesteps", type=int, metavar="T",
+    g.add_argument("--network", metavar="NAME", choices=dpm.NETWORKS,
+                   help="mlp for vectors, unet for images, or the paper's: paper")
+    g.add_argument("--timesteps", metavar="T", type=int,
                    help=f"steps of the diffusion {show('timesteps')}")
-    g.add_argument("--schedule", choices=["logsnr", "paper", "linear", "cosine", "learned"],
-                   help="of beta_t [logsnr; bits: cosine]")
-    g.add_argument("--objective", choices=["K", "focused", "simple", "mean"],
-                   help="what training descends, see dpm.objective; K is reported for each "
-                   "[K | focused | K]")
-    g.add_argument("--variance", choices=["learned", "beta", "posterior"], help="f_sigma [learned]")
-    g.add_argument("--predict", choices=["v", "eps"], help="what the network prints [v]")
-    g.add_argument("--decoder", choices=["dequantised", "discretised"], help="[dequantised]")
-    g.add_argument("--rate", type=float, help="of ones in pi, for bits [the data's mean]")
+    schedules = "logsnr", "paper", "linear", "cosine", "learned"
+    g.add_argument("--schedule", metavar="NAME", choices=schedules,
+                   help=f"of beta_t: {', '.join(schedules)} [logsnr; bits: cosine]")
+    g.add_argument("--objective", metavar="NAME", choices=["K", "focused", "simple", "mean"],
+                   help="what training descends: K, focused, simple, mean [K | focused | K]")
+    g.add_argument("--variance", metavar="NAME", choices=["learned", "beta", "posterior"],
+                   help="f_sigma: learned, beta, posterior [learned]")
+    g.add_argument("--predict", metavar="NAME", choices=["v", "eps"],
+                   help="what the network prints: v, eps [v]")
+    g.add_argument("--decoder", metavar="NAME", choices=["dequantised", "discretised"],
+                   help="of bytes: dequantised, discretised [dequantised]")
+    g.add_argument("--rate", metavar="X", type=float, help="of ones in pi, for bits [the data's]")
+    g.add_argument("--help", "-h", action="help", help="this page")
     return p.parse_args()
 
 
