@@ -33,7 +33,7 @@ from data import figures
 
 SHIPPED = pathlib.Path(__file__).parent / "data" / "mnist" / "model.npz"
 DEFAULT_STEPS = dict(images=100, sequences=None, points=None)    # of posteriors; None: all T
-DEFAULT_FREE_STEPS = dict(images=250, sequences=None, points=None)   # of free samples
+DEFAULT_FREE_STEPS = DEFAULT_STEPS | dict(images=train.IMAGE_STEPS)  # of free samples
 NUMBER = dict(images=64, sequences=40, points=2000)             # of free samples
 GIVEN = 8                       # how many test examples are completed or denoised
 PART = 4096                     # free samples are drawn and written so many at a time

@@ -43,6 +43,7 @@ from data import figures
 
 LN2 = math.log(2)
 SAVE_EVERY = 30  # seconds between checkpoints
+IMAGE_STEPS = 250  # of the T steps, for free samples of images: nobody sees a difference to all
 QUARTERS = [f"K_quarter_{i}_bits" for i in (1, 2, 3, 4)]
 COLUMNS = ["step", "seconds", "K_minus_L_null_bits", *QUARTERS]
 
@@ -53,14 +54,16 @@ DEFAULTS = {"vector": dict(steps=9500, batch_size=1024, lr=4e-3, timesteps=40, s
 BITS = {"vector": dict(steps=12000, batch_size=512, lr=4e-3, timesteps=2000, schedule="cosine"),
         "image": dict(steps=10000, batch_size=16, lr=3e-3, timesteps=1000, schedule="cosine")}
 ALWAYS = dict(rate=None, objective="K", variance="learned", predict="v", decoder="dequantised",
-              network=None, seed=0, dtype="float32", crop=None, resize=None, flips=False)
+              network=None, widths=None, seed=0, dtype="float32", crop=None, resize=None,
+              flips=False)
 SIZES = {"mlp": dict(width=128, layers=3, scales=(0, 1, 2, 3, 4, 5), time=64),
          "unet": dict(widths=(32, 64, 128), blocks=1, head=64, scales=(1, 3, 5)),
          "paper": dict(maps=8, hidden=256, width=64, bumps=10)}
 # What a checkpoint says of its run, by type
 TOLD = {str: "dataset digest device network schedule objective variance predict decoder",
         bool: "bytes binary", int: "seed steps batch_size timesteps trained_steps",
-        (int, float): "lr seconds", (int, float, type(None)): "rate crop resize flips"}
+        (int, float): "lr seconds", (int, float, type(None)): "rate crop resize flips",
+        (list, type(None)): "widths"}
 FIXED = ("dataset", "batch_size", "lr", "timesteps", "schedule", *ALWAYS)  # for a run's life
 
 
@@ -109,6 +112,8 @@ def arguments():
     g = p.add_argument_group("the model")
     g.add_argument("--network", metavar="NAME", choices=dpm.NETWORKS,
                    help="mlp for vectors, unet for images, or the paper's: paper")
+    g.add_argument("--widths", metavar="N", type=int, nargs="+",
+                   help="channels of the U-Net, from fine to coarse [32 64 128]")
     g.add_argument("--timesteps", metavar="T", type=int,
                    help=f"steps of the diffusion {show('timesteps')}")
     schedules = "logsnr", "paper", "linear", "cosine", "learned"
@@ -141,7 +146,7 @@ def settings(args, dataset):
     if chosen["network"] == "paper" and "predict" not in given:
         chosen["predict"] = "paper"
     check(args, chosen, dataset)
-    sizes = dict(SIZES[chosen["network"]])
+    sizes = SIZES[chosen["network"]] | (dict(widths=chosen["widths"]) if chosen["widths"] else {})
     if dataset.binary:
         sizes.pop("scales", None)
     elif chosen["network"] != "paper":
@@ -184,6 +189,10 @@ def check(args, chosen, dataset):
          "--network paper can't weigh its mean alone: omit --objective"),
         (paper and c["variance"] != "learned",
          "--network paper has its own variance, eq. 64: omit --variance"),
+        (c["widths"] and c["network"] != "unet",
+         f"--widths are those of a U-Net, and the network is {c['network']}"),
+        (c["widths"] and not all(0 < width <= 4096 for width in c["widths"]),
+         f"--widths must be 1 to 4096, not {c['widths']}"),
         (c["network"] == "mlp" and dataset.shape[:2] != (1, 1),
          f"--network mlp is for vectors; {name} holds images"),
     ]
@@ -405,7 +414,7 @@ def beside_the_truth(model, dataset, x0, found, bound):
 
     L, rng = dataset.truth.log_density(x0), dpm.generator(np, "estimates")
     result = note("K_star_minus_K", best["K_each"] - ours["K_each"]) | note("L_true", L)
-    log_w = dpm.log_weights(model, x0[:max(5, min(100, 8000 // model.T))], 1000, rng)
+    log_w = dpm.log_weights(model, x0[:max(5, min(50, 8000 // model.T))], 1000, rng)
     L = L[:len(log_w)]
     result |= dict(estimate_examples=len(log_w), estimate_L_bits=float(L.mean()) / LN2)
     for S in (1, 10, 100, 1000):
@@ -467,7 +476,8 @@ def draw(model, dataset, found, curves, entropies, result, out):
     if model.learned:
         figures.schedule(model, out / "schedule.png")
     if model.shape[:2] != (1, 1):
-        samples = model.sample(64, model.about["seed"], progress=progress("samples"))
+        samples = model.sample(64, model.about["seed"], min(T, IMAGE_STEPS),
+                               progress=progress("samples"))
         figures.save_picture(figures.grid(figures.to_bytes(model, samples)), out / "samples.png")
         if dataset.bytes:
             table = figures.rate_distortion(found, D, model.scale, out / "rate.png")
