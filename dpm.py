@@ -1212,19 +1212,33 @@ def initial_weights(layers, xp, dtype, seed):
     return xp.asarray(flat)
 
 
+def relative_rates(layers, xp, dtype):
+    """One flat array: by what the learning rate of each weight is multiplied, min(1, 144 / inputs)
+    for matrices. Adam moves all weights by about the same, and in the product with x as many moves
+    add up as there are inputs (Yang & Hu 2021)."""
+    flat = np.ones(sum(math.prod(s) for layer in layers for s in layer.shapes.values()), dtype)
+    for weights in views(layers, flat).values():
+        for w in weights.values():
+            if w.ndim == 2:
+                w[:] = min(1, 144 / len(w))
+    return xp.asarray(flat)
+
+
 class Adam:
     """Adam (Kingma & Ba 2014), with clipping, warm-up, decay to zero and averaged weights:
 
         m += (1 - b1) (g - m)     v += (1 - b2) (g^2 - v)     theta -= rate m^ / (sqrt(v^) + 1e-8)
 
     g is the gradient, shortened to norm `clip` where it is longer. rate climbs to lr over `warmup`
-    steps, and falls to 0 along half a cosine over the second half of `steps`. average is the mean
-    of theta over about the last tenth of the steps, at most 1000. theta is updated in place."""
+    steps, and falls to 0 along half a cosine over the second half of `steps`; it is multiplied by
+    `relative`, see relative_rates. average is the mean of theta over about the last tenth of the
+    steps, at most 1000. theta is updated in place."""
 
     b1, b2, clip, chunk = 0.9, 0.99, 1.0, 1 << 15
 
-    def __init__(self, theta, xp=np, lr=1e-3, steps=1000, warmup=200):
-        self.theta, self.xp, self.lr, self.steps, self.warmup = theta, xp, lr, steps, warmup
+    def __init__(self, theta, relative, xp=np, lr=1e-3, steps=1000, warmup=200):
+        self.theta, self.relative, self.xp = theta, relative, xp
+        self.lr, self.steps, self.warmup = lr, steps, warmup
         self.m, self.v = xp.zeros_like(theta), xp.zeros_like(theta)
         self.average, self.step = theta.copy(), 0
 
@@ -1243,12 +1257,12 @@ class Adam:
         scale, follow = 1 / (1 - self.b2 ** self.step), max(1e-3, 1 / (10 + self.step / 10))
         chunk = self.chunk if xp is np else grad.size
         for i in range(0, grad.size, chunk):
-            g, m, v, theta, average = (a[i:i + chunk] for a in (
-                grad, self.m, self.v, self.theta, self.average))
+            g, m, v, theta, average, relative = (a[i:i + chunk] for a in (
+                grad, self.m, self.v, self.theta, self.average, self.relative))
             g = g * shorten
             m += (1 - self.b1) * (g - m)
             v += (1 - self.b2) * (g * g - v)
-            theta -= rate * m / (xp.sqrt(scale * v) + 1e-8)
+            theta -= rate * relative * m / (xp.sqrt(scale * v) + 1e-8)
             average += follow * (theta - average)
         return norm
 
@@ -1584,6 +1598,11 @@ class DPM:
         dH = 0.5 * a_T * D * len(x0) + a_T * (1 - a_T) * q.dH_p(x0).sum()
         dlogsnr[-1] -= dH / (n * D)
         return self.learned.backward(self.weights[self.learned]["psi"], dlogsnr)
+
+    def adam(self, **options):
+        """An Adam for the weights; options are Adam's."""
+        relative = relative_rates(self.layers, self.xp, self.dtype)
+        return Adam(self.theta, relative, self.xp, **options)
 
     def step(self, adam):
         """One step of Adam along self.grad; returns its norm."""
@@ -2090,7 +2109,7 @@ def resume(path, xp=np, comm=None, **options):
     """The model in a checkpoint as its training left it, and the Adam to go on with; options are
     Adam's. InputError as for load, and if the number of ranks does not fit."""
     model, content = _read(path, xp, "theta", None, comm)
-    adam = Adam(model.theta, xp, **options)
+    adam = model.adam(**options)
     for name in ("average", "m", "v"):
         setattr(adam, name, xp.asarray(content[name]))
     adam.step = int(content["step"])

@@ -672,6 +672,9 @@ def test_initial_weights():
     assert W[layers[1]]["W"].var() * 180 == approx(1, rel=0.05)
     assert not W[layers[2]]["W"].any() and not W[layers[0]]["b"].any()
     assert (make(0) == make(0)).all() and not (set(make(0)) & set(make(1)) - {0.0})
+    rates = dpm.views(layers, dpm.relative_rates(layers, np, "float64"))
+    assert [float(rates[layer]["W"].mean()) for layer in layers] == approx([0.36, 0.8, 1])
+    assert (rates[layers[0]]["b"] == 1).all()
 
 
 def test_adam():
@@ -679,23 +682,25 @@ def test_adam():
     then a constant gradient, for which every step is rate * sign(g); warm-up, decay and average."""
     size, r = 80_000, rng(31)
     theta = r.standard_normal(size)
-    adam, m, v, expected = dpm.Adam(theta, lr=0.01, steps=10 ** 9, warmup=1), 0, 0, theta.copy()
+    relative, m, v, expected = r.uniform(0.1, 1, size), 0, 0, theta.copy()
+    adam = dpm.Adam(theta, relative, lr=0.01, steps=10 ** 9, warmup=1)
     for step in range(1, 4):
         g = r.standard_normal(size) * step
         assert adam.update(g) == approx(np.linalg.norm(g))
         g /= np.linalg.norm(g)
         m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g ** 2
-        expected -= 0.01 * (m / (1 - 0.9 ** step)) / (np.sqrt(v / (1 - 0.99 ** step)) + 1e-8)
+        root = np.sqrt(v / (1 - 0.99 ** step))
+        expected -= 0.01 * relative * (m / (1 - 0.9 ** step)) / (root + 1e-8)
     close(theta, expected)
     theta, average, expected = np.zeros(3), np.zeros(3), 0.0
-    adam = dpm.Adam(theta, lr=0.1, steps=10 ** 9, warmup=4)
+    adam = dpm.Adam(theta, np.ones(3), lr=0.1, steps=10 ** 9, warmup=4)
     for step in range(1, 8):
         expected -= 0.1 * min(1, step / 4)
         adam.update(np.array([0.5, -0.25, 0.0]))
         close(theta, [expected, -expected, 0], rtol=1e-6)
         average += 1 / (10 + step / 10) * (theta - average)
         close(adam.average, average)
-    adam = dpm.Adam(theta, lr=0.1, steps=100, warmup=10)
+    adam = dpm.Adam(theta, np.ones(3), lr=0.1, steps=100, warmup=10)
     for adam.step, rate in [(5, 0.05), (10, 0.1), (50, 0.1), (75, 0.05), (100, 0)]:
         assert adam.rate() == approx(rate, abs=1e-12)
     adam.step, adam.average[...] = 10 ** 6, 0
@@ -1293,7 +1298,7 @@ def test_a_schedule_is_learned():
     """Some steps on data near one point: K rises, and the diffusion is that of the weights."""
     model = small_model(gaussian(6, 1e-3), stir=0, learned=True)
     draw = lambda i: 0.3 * rng(93, i).standard_normal((64, 3)) + 1
-    before, adam = model.diffusion.alpha_bar, dpm.Adam(model.theta, lr=0.01, steps=200, warmup=20)
+    before, adam = model.diffusion.alpha_bar, model.adam(lr=0.01, steps=200, warmup=20)
     K = model.bound(draw(-1 % 1000), rng(94))["K"]
     for i in range(200):
         model.gradient(draw(i), 1, i)
@@ -1682,7 +1687,7 @@ def test_training_is_deterministic_and_resumes_bit_for_bit(tmp_path, network, sh
 
     def fresh():
         model = small_model(shape=shape, network=network, dtype="float32", **options)
-        return model, dpm.Adam(model.theta, steps=12, warmup=3)
+        return model, model.adam(steps=12, warmup=3)
 
     (model, adam), (again, adam_again) = fresh(), fresh()
     train(model, adam, 0, 12)
@@ -1727,7 +1732,7 @@ def test_checkpoint_round_trip(tmp_path, q, options):
 def test_bad_checkpoints(tmp_path):
     """Damaged, of another version, tampered with, or with a byte changed: one line, or the same."""
     model, bad = small_model(), tmp_path / "bad.npz"
-    dpm.save(model, tmp_path / "good.npz", dpm.Adam(model.theta))
+    dpm.save(model, tmp_path / "good.npz", model.adam())
     raw, content = (tmp_path / "good.npz").read_bytes(), dict(np.load(tmp_path / "good.npz"))
     config = json.loads(str(content["config"]))
 
@@ -1943,7 +1948,7 @@ def test_gpu_agrees_with_cpu(where, network, shape, q, options, tmp_path, monkey
     if xp is np:
         pytest.skip("no GPU here")
     cpu = small_model(q, shape, network, stir=0.1, threads=1, **options)
-    dpm.save(cpu, tmp_path / "c.npz", dpm.Adam(cpu.theta))
+    dpm.save(cpu, tmp_path / "c.npz", cpu.adam())
     x0, (gpu, adam) = data_for(q, 9, cpu.D, 27), dpm.resume(tmp_path / "c.npz", xp)
 
     def same(run, rtol=1e-6):
@@ -1970,7 +1975,7 @@ def test_gpu_agrees_with_cpu(where, network, shape, q, options, tmp_path, monkey
             model.gradient(model.xp.asarray(x0), 3, tables=dpm.objective(kind, model.diffusion))
             return model.grad
         same(gradient)
-    assert float(gpu.step(adam)) == approx(float(cpu.step(dpm.Adam(cpu.theta))))
+    assert float(gpu.step(adam)) == approx(float(cpu.step(cpu.adam())))
     same(lambda model: model.theta)
     assert where == "cupy" or xp.used <= IN_CUPY
 
@@ -2202,7 +2207,8 @@ def test_evaluate_again_and_compare(place):
     assert "- L_0" in said.out and "discrete" in said.out
     rows = [line.split() for line in said.out.splitlines() if line.startswith("digits.npy  ")]
     assert len(rows) == 2 and (place.runs / "comparison.png").exists()
-    assert {row[4] for row in rows} == {f"{r['K_bits']:.4f}" for r in (after, decoder)}
+    assert (place.runs / "comparison-samples.png").exists()
+    assert {row[7] for row in rows} == {f"{r['K_bits']:.4f}" for r in (after, decoder)}
 
 
 # Stopped, and resumed

@@ -325,7 +325,7 @@ def progress_note(model, climbed):
 
 def evaluate(path, gpu, chains=(), parzen=False, comm=None):
     """Every number and picture of a trained model: result.json and pictures beside its checkpoint,
-    and a page on the terminal."""
+    and a page on the terminal. Returns their directory and the numbers."""
     checkpoint = checkpoint_in(path)
     model = load(checkpoint, dpm.backend(gpu), comm)
     dataset, about, T, D, q = load_for(model), model.about, model.T, model.D, model.diffusion
@@ -392,7 +392,7 @@ def evaluate(path, gpu, chains=(), parzen=False, comm=None):
             part.write_text(json.dumps(result, indent=1))
         print_page(result, table, image, dataset.binary)
         print(f"{out}: result.json, {', '.join(sorted(p.name for p in out.glob('*.png')))}")
-    return result
+    return out, result
 
 
 def beside_the_truth(model, dataset, x0, found, bound):
@@ -572,19 +572,27 @@ def print_page(r, table, image, binary):
         line("Parzen, bits", r["parzen_bits"], r["parzen_bits_se"], digits=1)
 
 
-def compare(results):
-    """K of several runs: a line for each, and a figure of K against T."""
-    print(f"\n{'data':<16}{'schedule':<10}{'objective':<11}{'T':>5}{'K':>12}{'+-':>8}{'K*':>10}"
-          f"{'K - L_null':>12}{'bits/dim':>10}{'Frechet':>9}{'seconds':>9}")
-    names = "dataset", "schedule", "objective", "timesteps"
-    for r in sorted(results, key=lambda r: [r[name] for name in names]):
+def compare(evaluated):
+    """Several runs, pairs of a directory and its result: a line for each; K against T; and of
+    images also samples."""
+    how = dict(data=16, schedule=10, objective=11, variance=11, predict=9, decoder=13)
+    print("\n" + "".join(f"{name:<{width}}" for name, width in how.items()) +
+          f"{'T':>5}{'K':>12}{'+-':>8}{'K*':>10}{'K - L_null':>12}{'bits/dim':>10}{'Frechet':>9}"
+          f"{'seconds':>9}")
+    evaluated = sorted(evaluated, key=lambda pair: [
+        pair[1][name] for name in ("dataset", "schedule", "objective", "timesteps")])
+    for _, r in evaluated:
         K_star, bits, frechet = (f"{r[key]:.4f}" if key in r else "-"
                                  for key in ("K_star_bits", "bits_per_dim", "frechet"))
-        print(f"{pathlib.Path(r['dataset']).name:<16}{r['schedule']:<10}{r['objective']:<11}"
+        words = r | dict(data=pathlib.Path(r["dataset"]).name)
+        print("".join(f"{words[name]:<{width}}" for name, width in how.items()) +
               f"{r['timesteps']:>5}{r['K_bits']:>12.4f}{r['K_bits_se']:>8.4f}{K_star:>10}"
               f"{r['K_minus_L_null_bits']:>12.4f}{bits:>10}{frechet:>9}{r['seconds']:>9.0f}")
-    figures.comparison(results, pathlib.Path("runs") / "comparison.png")
-    print("runs/comparison.png")
+    runs = pathlib.Path("runs")
+    figures.comparison([r for _, r in evaluated], runs / "comparison.png")
+    figures.beside_each_other([(out, r) for out, r in evaluated if "frechet" in r],
+                              runs / "comparison-samples.png")
+    print(f"{runs / 'comparison.png'}, and of images {runs / 'comparison-samples.png'}")
 
 
 def benchmark(args):
@@ -594,7 +602,7 @@ def benchmark(args):
     chosen = settings(args, dataset)
     model = new_model(dataset, chosen, xp)
     dataset.to(xp)
-    adam = dpm.Adam(model.theta, xp, **optimiser_options(chosen))
+    adam = model.adam(**optimiser_options(chosen))
     sync = xp.cuda.Device().synchronize if xp is not np else lambda: None
     number, size = chosen["batch_size"], 1536 if xp is np else 8192
 
@@ -786,7 +794,7 @@ def start(args, comm):
     dataset.dequantise = chosen["decoder"] == "dequantised"
     model = new_model(dataset, chosen, xp, comm, args.threads)
     out = pathlib.Path(args.out) if args.out else free_directory(dataset.name)
-    return model, dpm.Adam(model.theta, xp, **optimiser_options(chosen)), dataset, out
+    return model, model.adam(**optimiser_options(chosen)), dataset, out
 
 
 def resume(args, comm):
@@ -842,9 +850,9 @@ def main():
         if given:
             flag = given[0].replace("_", "-")
             raise dpm.InputError(f"--evaluate takes a run as it is; omit --{flag}")
-        results = [evaluate(path, args.gpu, args.steps or (), args.parzen, comm)
-                   for path in args.evaluate]
-        return compare(results) if len(results) > 1 and mpi_rank() == 0 else None
+        evaluated = [evaluate(path, args.gpu, args.steps or (), args.parzen, comm)
+                     for path in args.evaluate]
+        return compare(evaluated) if len(evaluated) > 1 and mpi_rank() == 0 else None
     model, adam, dataset, out = (start if args.resume is None else resume)(args, comm)
     leads = model.comm.rank == 0
     model.comm.sum(np.zeros(1))  # all ranks have chosen the same free directory before one makes it
