@@ -1213,14 +1213,14 @@ def initial_weights(layers, xp, dtype, seed):
 
 
 def relative_rates(layers, xp, dtype):
-    """One flat array: by what the learning rate of each weight is multiplied, min(1, 144 / inputs)
+    """One flat array: by what the learning rate of each weight is multiplied, min(1, 288 / inputs)
     for matrices. Adam moves all weights by about the same, and in the product with x as many moves
     add up as there are inputs (Yang & Hu 2021)."""
     flat = np.ones(sum(math.prod(s) for layer in layers for s in layer.shapes.values()), dtype)
     for weights in views(layers, flat).values():
         for w in weights.values():
             if w.ndim == 2:
-                w[:] = min(1, 144 / len(w))
+                w[:] = min(1, 288 / len(w))
     return xp.asarray(flat)
 
 
