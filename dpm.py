@@ -408,43 +408,22 @@ class Gaussian(Diffusion):
             dv = c e / (1 + g)        du = c^2 (u - e^2) / 2 (1 + g)^2
 
         weights (T + 1,): v descends weights_t e^2 instead (see objective); u still the KL."""
-        v, u, e, c = self._error(x0, xt, t, z)
+        u, e, c = self.error(x0, xt, t, z)
         g = c * u
         kl = 0.5 * (self.xp.log1p(g) + (c * e ** 2 - g) / (1 + g)).sum(1)
         dv = c * e / (1 + g) if weights is None else 2 * self._at(t, weights)[0] * e
         du = self._learned * 0.5 * c ** 2 * (u - e ** 2) / (1 + g) ** 2
         return kl, self.xp.stack([dv, du], 2)
 
-    def _error(self, x0, xt, t, z):
-        """v, u, e = v - v* (n, D) and c (n, 1)."""
+    def error(self, x0, xt, t, z):
+        """u and e = v - v* (n, D), and c (n, 1)."""
         v, u = self._v_u(t, z)
-        return v, u, v - self.velocity(x0, xt, t), self._at(t, self.c)[0]
+        return u, v - self.velocity(x0, xt, t), self._at(t, self.c)[0]
 
     def velocity(self, x0, xt, t):
         """v* = dx_t / dphi = (cos phi x_t - x_0) / sin phi."""
         cos, sin = self._at(t, self.cos, self.sin)
         return (cos * xt - x0) / sin
-
-    def dkl_schedule(self, x0, xt, t, z):
-        """dphi and ds (n,) of the KL, for a learned schedule: eps is held fixed, and what goes
-        through x_t and the network is left out. Per dimension
-
-            dv* / dphi = -x_t      dc / ds = 1 + c      dKL / dc = 1/2 (e^2 + g u) / (1 + g)^2"""
-        _, u, e, c = self._error(x0, xt, t, z)
-        g = c * u
-        ds = 0.5 * (1 + c) * (e ** 2 + g * u) / (1 + g) ** 2
-        return (c * e / (1 + g) * xt).sum(1), ds.sum(1)
-
-    def dlogsnr(self, t, dphi, ds, dlevel):
-        """dlogsnr (T + 1,) from gradients (n,) of examples at t. logsnr is the level:
-
-        logsnr_t = 2 log tan phi_t                    dphi_t / dlogsnr_t = 1/2 sin phi_t cos phi_t
-        s_t = log sin^2 phi_t - log sin^2 phi_{t-1}   dlog sin^2 phi_t / dlogsnr_t = alpha_bar_t"""
-        xp = self.xp
-        at = (t == xp.arange(self.T + 1)[:, None]).astype(np.float64)
-        dphi, ds, dlevel = at @ dphi, at @ ds, at @ dlevel.astype(np.float64)  # in a fixed order
-        ds[:-1] -= ds[1:]                                  # phi_t is in s_t and in s_{t+1}
-        return 0.5 * self.sin * self.cos * dphi + self.alpha_bar * ds + dlevel
 
     def p_last(self, x1, z):
         """N(mu, sigma^2), p(x_0 | x_1) of the decoder before it is integrated."""
@@ -498,10 +477,6 @@ class Gaussian(Diffusion):
         the paper's constant D/2 ln(2 pi e) (eqs. 42-46) for data of second moment 1."""
         a_1, a_T = float(self.alpha_bar[1]), float(self.alpha_bar[-1])
         return 0.5 * ((a_T + 1 - a_1) * x0 ** 2 + a_1 - a_T + math.log(2 * math.pi)).sum(1)
-
-    def dH_p(self, x0):
-        """dH_p / dalpha_bar_T, (n,), for a learned schedule."""
-        return 0.5 * (x0 ** 2 - 1).sum(1)
 
     def from_pi(self, t, x0):
         a = float(self.alpha_bar[t])
@@ -1555,12 +1530,7 @@ class DPM:
         """The gradient of an objective, estimated from x0 (n, D) with one t for each example, goes
         to self.grad. tables: those of objective(), K's if None, with the gradient of -K / D. key:
         integers that seed the draws, such as seed and step. Returns t (n,) and loss_t / chance_t
-        (n,), nats, whose mean estimates the sum of the KLs whatever the objective is.
-
-        A learned schedule ascends K with eps held fixed: K depends on it through x_t (dx), through
-        what the network is told (dlevel, ds), through q_back and p_back, and through entropies:
-
-            dx_t / dphi_t = v*        dH_q(X_T|X_0) / dlogsnr_T = D/2 alpha_bar_T"""
+        (n,), nats, whose mean estimates the sum of the KLs whatever the objective is."""
         xp, q, (n, D) = self.xp, self.diffusion, x0.shape
         frequency, weight, error = tables or objective("K", q)
         frequency = to_host(frequency)
@@ -1577,8 +1547,9 @@ class DPM:
                 loss[i], dz = self._loss(x0[i], xt[i], t[i], z, error)
                 dx = self.piece_backward(dz * factor[i, None, None], tape)
                 if self.learned:
-                    dpsi = self._dpsi(x0[i], xt[i], t[i], z, dx, tape, factor[i], n)
-                    tape.dtheta[self.learned]["psi"] += dpsi
+                    dlogsnr = self.learned.dlogsnr(q, x0[i], xt[i], t[i], z, dx, tape, factor[i], n)
+                    psi = self.weights[self.learned]["psi"]
+                    tape.dtheta[self.learned]["psi"] += self.learned.backward(psi, dlogsnr)
 
         for grad in self.grads:
             grad[...] = 0
@@ -1587,17 +1558,6 @@ class DPM:
             self.grads[0] += grad
         self.grad, loss = self.comm.sum(self.grads[0]), self.comm.sum(loss)
         return t, loss / chance
-
-    def _dpsi(self, x0, xt, t, z, dx, tape, factor, n):
-        """dpsi of a learned schedule, from some of n examples, see gradient."""
-        q, D = self.diffusion, x0.shape[1]
-        dphi, ds = q.dkl_schedule(x0, xt, t, z)
-        dphi = factor * dphi + (dx * q.velocity(x0, xt, t)).sum(1)
-        dlogsnr = q.dlogsnr(t, dphi, factor * ds + tape.ds, tape.dlevel)
-        a_T = q.alpha_bar[-1]
-        dH = 0.5 * a_T * D * len(x0) + a_T * (1 - a_T) * q.dH_p(x0).sum()
-        dlogsnr[-1] -= dH / (n * D)
-        return self.learned.backward(self.weights[self.learned]["psi"], dlogsnr)
 
     def adam(self, **options):
         """An Adam for the weights; options are Adam's."""
@@ -1740,7 +1700,7 @@ class LearnedSchedule(Layer):
 
     a_2..T runs in straight lines between at most 40 knots psi / (1 + |psi / 6|), and end = 6 +
     4 psi_end / (1 + |psi_end|). So |a| < 6, 2 < end < 10 and 0 < beta_t < 1 whatever psi is;
-    psi = 0 makes logsnr linear in t. See DPM.gradient for the rest of its gradient."""
+    psi = 0 makes logsnr linear in t."""
 
     def __init__(self, T, beta_1, xp=np):
         self.xp, self.logsnr_1, knots = xp, float(logit(beta_1)), min(T - 1, 40)
@@ -1759,6 +1719,30 @@ class LearnedSchedule(Layer):
         xp, (_, c, span) = self.xp, self._parts(psi)
         logsnr = self.logsnr_1 + xp.concatenate([xp.zeros(1), span * c / c[-1:]])
         return xp.concatenate([xp.ones(1), 1 / (1 + xp.exp(logsnr))])
+
+    @staticmethod
+    def dlogsnr(q, x0, xt, t, z, dx, tape, factor, n):
+        """The gradient (T + 1,) of -K / D in logsnr, from some of the n examples of DPM.gradient:
+        each KL counts `factor` (n,), and the network's backward has left dx (n, D) and, on the
+        tape, dlevel and ds. eps is held fixed, so that x_t, v*, what the network is told, the KL
+        and two entropies depend on the schedule. logsnr is the level. Per dimension, g = c u:
+
+            logsnr_t = 2 log tan phi_t                 dphi_t / dlogsnr_t = 1/2 sin phi_t cos phi_t
+            dx_t / dphi_t = v*                         dv* / dphi_t = -x_t
+            s_t = log sin^2 phi_t - log sin^2 phi_t-1  dlog sin^2 phi_t / dlogsnr_t = alpha_bar_t
+            dc / ds = 1 + c                            dKL / dc = 1/2 (e^2 + g u) / (1 + g)^2
+            dH_q(X_T|X_0) / dlogsnr_T = 1/2 alpha_bar_T
+            dH_p(X_T) / dlogsnr_T = 1/2 (1 - x_0^2) alpha_bar_T (1 - alpha_bar_T)"""
+        u, e, c = q.error(x0, xt, t, z)
+        g = c * u
+        dphi = factor * (c * e / (1 + g) * xt).sum(1) + (dx * q.velocity(x0, xt, t)).sum(1)
+        ds = factor * (0.5 * (1 + c) * (e ** 2 + g * u) / (1 + g) ** 2).sum(1) + tape.ds
+        at = (t == q.xp.arange(q.T + 1)[:, None]).astype(np.float64)
+        dphi, ds, dlevel = at @ dphi, at @ ds, at @ tape.dlevel.astype(np.float64)
+        ds[:-1] -= ds[1:]  # phi_t is in s_t and in s_{t+1}
+        dlogsnr, a_T = 0.5 * q.sin * q.cos * dphi + q.alpha_bar * ds + dlevel, q.alpha_bar[-1]
+        dlogsnr[-1] -= 0.5 * a_T * (1 - (1 - a_T) * (1 - x0 ** 2)).sum() / x0.shape[1] / n
+        return dlogsnr
 
     def backward(self, psi, dlogsnr):
         """dpsi from dlogsnr (T + 1,), whose entries 0 and 1 are not used.

@@ -28,12 +28,11 @@ import zipfile
 import numpy as np
 
 import data
-import train
-from data import figures
+from data import evaluation, figures, runs
 
 SHIPPED = pathlib.Path(__file__).parent / "data" / "mnist" / "model.npz"
 DEFAULT_STEPS = dict(images=100, sequences=None, points=None)    # of posteriors; None: all T
-DEFAULT_FREE_STEPS = DEFAULT_STEPS | dict(images=train.IMAGE_STEPS)  # of free samples
+DEFAULT_FREE_STEPS = DEFAULT_STEPS | dict(images=evaluation.IMAGE_STEPS)  # of free samples
 NUMBER = dict(images=64, sequences=40, points=2000)             # of free samples
 GIVEN = 8                       # how many test examples are completed or denoised
 PART = 4096                     # free samples are drawn and written so many at a time
@@ -49,7 +48,7 @@ PARTS = "left", "right", "top", "bottom", "center"
 # -------------------------------------------------------------------------------------------------
 
 def arguments():
-    p = train.Parser("sample.py", __doc__)
+    p = runs.Parser("sample.py", __doc__)
     g = p.add_argument_group("what to draw")
     g.add_argument("--checkpoint", metavar="PATH", help="a checkpoint, or the directory of a run")
     g.add_argument("--number", metavar="N", type=int, help="how many samples, or test examples")
@@ -110,7 +109,7 @@ def check(args):
 
 
 def files(args):
-    """{ending: path} of what will be written. An error now, not at the end, if it cannot be."""
+    """{ending: path} of what will be written."""
     out = pathlib.Path(args.out or f"runs/{args.mode}")
     out = out.with_suffix("") if out.suffix in (".png", ".npz", ".gif") else out
     if out.name in ("", ".."):
@@ -120,13 +119,11 @@ def files(args):
     for path in paths.values():
         if path.is_dir():
             raise dpm.InputError(f"--out: {path} is a directory; give another name")
-        if train.mpi_rank() == 0:
-            train.writable(path)
     return paths
 
 
 def find_checkpoint(given):
-    return train.checkpoint_in(given) if given is not None else train.newest_run() or SHIPPED
+    return runs.checkpoint_in(given) if given is not None else runs.newest_run() or SHIPPED
 
 
 def check_room(model, args, chains, path):
@@ -139,9 +136,10 @@ def check_room(model, args, chains, path):
     stored = min(chains, PART) * model.D * 24 if args.mode == "samples" else chains * model.D * 40
     network = model.threads * max(6400, model.shape[0] * model.shape[1]) * PIXEL
     crowd = 100 * model.D * (args.particles or 1)
-    disk = chains * model.D * 8 / 1e9
+    disk, path = chains * model.D * 8 / 1e9, path.absolute()
+    path = next(place for place in path.parents if place.is_dir())
     for what, need, have in (("memory, and the machine", (stored + network + crowd) / 1e9, have),
-                             ("disk, which", disk, shutil.disk_usage(path.parent).free / 1e9)):
+                             ("disk, which", disk, shutil.disk_usage(path).free / 1e9)):
         if need > have:
             raise dpm.InputError(f"this takes about {min(need, 1e9):.3g} GB of {what} has "
                                  f"{have:.3g}: fewer samples or particles, or smaller pictures")
@@ -237,7 +235,7 @@ def sampler(model, args, r):
     """A function that draws n samples: free, or posterior where there is an r."""
     batch = (2 ** 16 if model.xp is np else 2 ** 20) // model.D
     options = dict(seed=args.seed, batch=max(model.threads, min(1024, batch)),
-                   progress=lambda ticks: train.bar(ticks, "reverse steps"))
+                   progress=lambda ticks: runs.bar(ticks, "reverse steps"))
     if r is None:
         eta = 1.0 if args.eta is None else args.eta
         return lambda n, **more: model.sample(n, eta=eta, **options, **more)
@@ -252,7 +250,7 @@ def parts_of(sample, number):
 
 
 def checked(samples):
-    train.finite(samples, "samples")
+    runs.finite(samples, "samples")
     return samples
 
 
@@ -323,11 +321,11 @@ def main():
     args = arguments()
     check(args)
     free, checkpoint = args.mode == "samples", find_checkpoint(args.checkpoint)
-    model = train.load(checkpoint, xp := dpm.backend(args.gpu), train.ranks(xp))
+    model = runs.load(checkpoint, xp := dpm.backend(args.gpu), runs.ranks(xp))
     say = print if model.comm.rank == 0 else lambda *_, **__: None
     kind, T, shape, dataset = figures.kind_of(model), model.T, model.shape, None
     try:
-        dataset = train.load_for(model)
+        dataset = runs.load_for(model)
     except dpm.InputError:
         if not free and not args.input:
             raise                                   # free samples and own pictures do without
@@ -344,7 +342,7 @@ def main():
         number = len(truth)
     draws, paths = 1 if free else draws_of(model), files(args)
     check_room(model, args, number * draws, paths[".npz"])
-    say(f"{checkpoint} on {train.device_name(model.xp)}: {number} "
+    say(f"{checkpoint} on {runs.device_name(model.xp)}: {number} "
         f"{kind if number > 1 else kind[:-1]} of {data.printable(model.about['dataset'])}, "
         f"{model.T} of T = {T} steps", flush=True)
     r, unknown, sets, extra, arrays = None, None, {}, {}, {}
@@ -356,6 +354,8 @@ def main():
         arrays = {name: model.raw(x[:, 0]) for name, x in sets.items()}
         arrays |= {} if unknown is None else dict(unknown=unknown)
 
+    for path in paths.values() if model.comm.rank == 0 else ():
+        runs.writable(path)                         # an error now, and not at the end
     sample = sampler(model, args, r)
     parts = parts_of(sample, number) if free else iter([sample(number * draws)])
     first = checked(next(parts))                    # these are shown and measured
@@ -393,4 +393,4 @@ def main():
 
 
 if __name__ == "__main__":
-    train.run(main)
+    runs.run(main)

@@ -36,7 +36,7 @@ from scipy.special import log_ndtr, ndtr, softmax
 import data
 import sample
 import train
-from data import figures
+from data import figures, runs
 
 HERE = pathlib.Path(__file__).parent
 LN2 = math.log(2)
@@ -60,7 +60,7 @@ MAP = [  # equation, what it says, where it is in dpm.py, which tests hold it
     ("SD 15", "training: the gradient of K", "DPM.gradient stratified Adam.update",
      "test_gradient_of_every_objective test_stratified_estimate_is_the_sum_over_all_t test_adam"),
     ("SD section 2.4.1", "K ascended in beta_2..T, with frozen noise",
-     "LearnedSchedule Gaussian.dkl_schedule Gaussian.dlogsnr",
+     "LearnedSchedule LearnedSchedule.dlogsnr",
      "test_learned_schedule test_learned_schedule_backward test_gradient_of_every_objective"),
     ("SD 16-22, 52-61", "p(x_0) r(x_0) and its perturbed kernels, for any r",
      "Posterior Observation Function Normal.times Normal.tilted Bernoulli.times Bernoulli.tilted",
@@ -2032,7 +2032,7 @@ def call(script, *arguments, cwd):
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
                 warnings.catch_warnings():
-            train.run(main)
+            runs.run(main)
         status = 0
     except SystemExit as end:
         status = end.code
@@ -2167,7 +2167,7 @@ def test_what_is_printed(place):
 def test_a_bar_in_a_file_is_a_line_a_minute(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     now = [0.0]
-    shown = train.bar(range(600), "steps")
+    shown = runs.bar(range(600), "steps")
     shown._time = lambda: now[0]
     shown.start_t = shown.last_print_t = 0.0
     for _ in shown:

@@ -277,12 +277,12 @@ def against_steps(rows, path):
     """What a shorter chain costs, from dicts: steps, K_bits, and for images bits_per_dim and
     frechet, which is the distance of samples, and frechet_test, that of test images."""
     rows = sorted(rows, key=lambda row: row["steps"])
-    steps = [row["steps"] for row in rows]
     panels = dict(bits_per_dim="bits/dim") if "bits_per_dim" in rows[0] else dict(K_bits="K, bits")
     panels |= dict(frechet="Frechet distance of samples") if "frechet" in rows[0] else {}
     figure, axes = _axes(1, len(panels), (4.5 * len(panels), 3.5))
     for axis, (name, label) in zip(axes[0], panels.items()):
-        axis.plot(steps, [row[name] for row in rows], "o-")
+        steps = [row["steps"] for row in rows if name in row]
+        axis.plot(steps, [row[name] for row in rows if name in row], "o-")
         axis.set(xlabel="steps S", ylabel=label, xscale="log")
         axis.set_xticks(steps, steps)
         axis.minorticks_off()

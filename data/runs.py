@@ -1,0 +1,201 @@
+"""What train.py and sample.py share as programs: flags, bars, runs and their checkpoints, several
+processes, and an end of one line for whatever goes wrong.
+"""
+import dpm  # before numpy, see there
+
+import argparse
+import contextlib
+import os
+import pathlib
+import platform
+import signal
+import sys
+import time
+import traceback
+import warnings
+
+import numpy as np
+from tqdm import tqdm
+
+import data
+
+# What a checkpoint says of its run, by type
+TOLD = {str: "dataset digest device network schedule objective variance predict decoder",
+        bool: "bytes binary", int: "seed steps batch_size timesteps trained_steps",
+        (int, float): "lr seconds", (int, float, type(None)): "rate crop resize flips",
+        (list, type(None)): "widths"}
+
+
+class Parser(argparse.ArgumentParser):
+    """A page of help that fits a screen, and errors of one line."""
+
+    def __init__(self, script, page):
+        super().__init__(usage=f"python {script} [flags]", description=page, add_help=False,
+                         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+                             prog, max_help_position=23, width=100))
+
+    def error(self, message):
+        raise dpm.InputError(f"{message}; see --help")
+
+
+class Lines:
+    """A file for tqdm where the output is not a terminal: every state of the bar is a line."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def bar(iterable, desc, **options):
+    """A progress bar; in a file a line a minute. Of several ranks the first has one."""
+    if not sys.stderr.isatty():
+        options |= dict(delay=60, mininterval=60, maxinterval=60, miniters=1, file=Lines(),
+                        ncols=100)
+    return tqdm(iterable, desc=desc, dynamic_ncols=sys.stderr.isatty(), disable=mpi_rank() > 0,
+                **options)
+
+
+def progress(desc, leave=False):
+    """A function that shows a bar for what it is given, for dpm's `progress`."""
+    return lambda steps: bar(steps, desc, leave=leave)
+
+
+def mpi_rank():
+    """Which process of an MPI run this is; 0 where there is only this one."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi.COMM_WORLD.Get_rank() if mpi else 0
+
+
+def ranks(xp):
+    """The processes of an MPI run, or None where there is only this one."""
+    if not {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"} & set(os.environ):  # what mpirun sets
+        return None
+    try:
+        return dpm.Ranks(xp)
+    except ImportError as error:
+        raise dpm.InputError("mpirun: several processes need mpi4py: pip install mpi4py "
+                             f"({dpm.first_line(error)})") from None
+
+
+def noun(dataset):
+    return "images" if dataset.shape[:2] != (1, 1) else "sequences" if dataset.binary else "points"
+
+
+def checkpoint_in(path):
+    """The checkpoint of the run in a directory; any other path is that of a checkpoint itself."""
+    path = pathlib.Path(path)
+    return path / "checkpoint.npz" if path.is_dir() else path
+
+
+def newest_run():
+    """The checkpoint in runs/ that was written last, or None."""
+    found = pathlib.Path("runs").glob("*/checkpoint.npz")
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def load(path, xp, comm=None):
+    """The model in a checkpoint of this program."""
+    model = dpm.load(path, xp, comm=comm)
+    check_about(model.about, path)
+    return model
+
+
+def check_about(about, path):
+    """InputError if a checkpoint doesn't say of its run what `train` writes."""
+    for kind, names in TOLD.items():
+        for name in names.split():
+            if name not in about or not isinstance(about[name], kind):
+                raise dpm.InputError(f"{path}: a damaged checkpoint, its {name} is "
+                                     f"{str(about.get(name)):.50}")
+    sums = about.get("unlogged", [0.0] * 6)
+    if not (isinstance(sums, list) and len(sums) == 6 and all(isinstance(s, float) for s in sums)):
+        raise dpm.InputError(f"{path}: a damaged checkpoint, its unlogged sums are {str(sums):.50}")
+
+
+def load_for(model):
+    """The data set that a model was trained on. InputError if it is gone or not what it was."""
+    about = model.about
+    dataset = data.load(about["dataset"], about["crop"], about["resize"], about["flips"])
+    if (dataset.shape, dataset.digest) != (model.shape, about["digest"]):
+        raise dpm.InputError(f"{about['dataset']} is not the data that the checkpoint was trained "
+                             "on: it has changed")
+    dataset.shift, dataset.scale = model.shift, model.scale
+    dataset.dequantise = about["decoder"] == "dequantised"
+    return dataset
+
+
+def device_name(xp):
+    if xp is not np:
+        return xp.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    return f"{platform.machine()} CPU, {dpm.CORES} cores"
+
+
+def writable(path):
+    """OSError now, and not after the computing, if there is no room for a megabyte."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(LookupError), dpm.written_whole(path) as part:
+        part.write_bytes(bytes(1 << 20))
+        raise LookupError("enough: nothing is put in its place")
+
+
+@contextlib.contextmanager
+def locked(out):
+    """Keeps a second process out of a run's directory. The lock ends with the process."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:
+        with contextlib.suppress(ImportError):  # not on Windows
+            import fcntl
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise dpm.InputError(f"{out} is in use by another process; wait for it, or choose "
+                                     "another --out") from None
+        yield
+
+
+def free_directory(name):
+    """runs/<name>, or runs/<name>-2, -3, ... where that is taken."""
+    stem = pathlib.Path(name).stem if os.sep in name else name.replace(":", "-")
+    places = (pathlib.Path("runs") / (stem + (f"-{i}" if i > 1 else "")) for i in range(1, 10 ** 6))
+    return next(place for place in places if not place.exists())
+
+
+def finite(values, name):
+    """InputError if the model has run to infinity, as it does with weights that are of no use."""
+    if not np.isfinite(values).all():
+        raise dpm.InputError(f"{name} of this model: not finite; train it longer, or anew with a "
+                             "smaller --lr")
+
+
+def run(main):
+    """The end of a script: what the user got wrong, or the disk, is one line and exit status 2."""
+    def stop(*_):
+        for number in (signal.SIGINT, signal.SIGTERM):  # once is enough
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's: what isn't finite, we say once
+    status, message = 2, None
+    try:
+        return main()
+    except (dpm.InputError, OSError) as error:
+        message = f"error: {data.printable(str(error))}"
+    except MemoryError:
+        message = "error: not enough memory for this; choose smaller numbers"
+    except KeyboardInterrupt:
+        status, message = 130, "stopped"
+    except Exception:
+        if "mpi4py.MPI" not in sys.modules:
+            raise
+        status, message = 1, traceback.format_exc()
+    time.sleep(mpi_rank() > 0)  # what all ranks find is said by the first
+    print(message, file=sys.stderr, flush=True)
+    if "mpi4py.MPI" in sys.modules:  # the other ranks would wait for this one for ever
+        sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(status)
+    sys.exit(status)
