@@ -16,6 +16,7 @@ import operator
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -2182,6 +2183,25 @@ def test_help_is_one_screen():
     for script in ("train", "sample"):
         text = done(script, "--help", cwd=HERE).out
         assert len(text.splitlines()) <= 52 and max(map(len, text.splitlines())) <= 100
+
+
+@scripts
+def test_what_the_readme_says(monkeypatch):
+    """Every command on its page is one that the script takes, every file it names is there, and its
+    code does what the text says."""
+    text = (HERE / "README.md").read_text()
+    commands = re.findall(r"(train|sample)\.py((?: +[^\s`|#)]+)*)", text)
+    assert len(commands) > 12
+    for script, flags in commands:
+        monkeypatch.setattr(sys, "argv", [script, *flags.replace("...", "").split()])
+        dict(train=train, sample=sample)[script].arguments()
+    for path in re.findall(r"\]\(([a-z_]+[./][\w./]+)\)", text):
+        assert (HERE / path).exists(), path
+    code, names = re.search(r"```python\n(.*?)```", text, re.S)[1].replace("1000", "50"), {}
+    monkeypatch.chdir(HERE)
+    exec(code, names)
+    x = names["x"]
+    assert x.shape == (50, 2) and (x[:, 0] == 0.5).all() and x[:, 1].std() > 0.3
 
 
 @scripts
