@@ -2021,6 +2021,7 @@ def test_the_list_of_cupys_names():
 # -------------------------------------------------------------------------------------------------
 
 scripts = pytest.mark.xdist_group("scripts")  # they share runs: one worker makes them
+stops = pytest.mark.xdist_group("stops")  # and another makes these
 
 
 def call(script, *arguments, cwd):
@@ -2267,7 +2268,7 @@ def same(run, straight):
     assert numbers_of(run) == numbers_of(straight)
 
 
-@scripts
+@stops
 def test_stopped_in_the_middle_and_resumed_bit_for_bit(straight, tmp_path):
     """Killed, interrupted (twice at once), and terminated: then the same bits as if never stopped.
     While it runs, a second process is refused."""
@@ -2305,7 +2306,7 @@ def test_a_stop_while_evaluating(place):
     assert (end.status, end.err) == (130, "stopped\n")
 
 
-@scripts
+@stops
 def test_a_stop_while_modules_are_loaded(tmp_path):
     running = process(cwd=tmp_path)
     time.sleep(0.4)
@@ -2314,7 +2315,7 @@ def test_a_stop_while_modules_are_loaded(tmp_path):
     assert end.status in (130, -signal.SIGINT) and "Traceback" not in end.err
 
 
-@scripts
+@stops
 def test_a_loss_that_turns_nan(tmp_path):
     """One line, without NumPy's warnings, and the last good checkpoint is kept."""
     end = ended(process("--lr", "1e30", "--steps", 200, "--timesteps", 8, cwd=tmp_path))
@@ -2327,7 +2328,7 @@ def test_a_loss_that_turns_nan(tmp_path):
 
 
 @pytest.mark.parametrize("room, names", [(30_000, "checkpoint.npz"), (10, "log.csv")])
-@scripts
+@stops
 def test_a_full_disk_loses_no_checkpoint(straight, tmp_path, room, names):
     """No file may grow beyond so many bytes (those of the log, and `room`)."""
     resource = pytest.importorskip("resource")
@@ -2340,7 +2341,7 @@ def test_a_full_disk_loses_no_checkpoint(straight, tmp_path, room, names):
     assert (run / "checkpoint.npz").read_bytes() == before and not list(run.glob(".part-*"))
 
 
-@scripts
+@stops
 def test_no_room_is_found_before_the_computing(straight, tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device")
