@@ -23,10 +23,14 @@ and of KL divergences, each in closed form (eq. 14). K is what is trained and wh
 
 Conventions. t runs 1..T; arrays over t have T + 1 entries, and entry 0 is the data without noise:
 alpha_bar[0] = 1. Data is a matrix (n, D), of mean about 0 and average variance 1, or of bits. The
-paper's symbols are the names, and the gradient of `name` is `dname`. Everything is in nats.
+paper's symbols are the names, and `dname` is the gradient of the loss in
+`name`; a fraction such as dx / dphi is an ordinary derivative. Everything is in nats.
 Schedules, KLs and entropies are float64; only the network and the noise of its training are
 float32. `xp` is numpy or cupy, and every array of a model is an array of its xp.
 """
+# 0. Tools: threads, memory, errors, backends, random generators, files. For a first reading it is
+# enough to know that they are here.
+
 import os
 import sys
 import warnings
@@ -34,8 +38,9 @@ import warnings
 if "numpy" in sys.modules and os.environ.get("OPENBLAS_NUM_THREADS") != "1":
     warnings.warn("import dpm before numpy, or set OPENBLAS_NUM_THREADS=1: with BLAS on several "
                   "threads it is several times slower", stacklevel=2)
-for _library in ("OPENBLAS", "MKL", "OMP", "VECLIB_MAXIMUM"):   # our threads share out a batch:
-    os.environ.setdefault(_library + "_NUM_THREADS", "1")       # BLAS must not start its own
+for _name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
+              "VECLIB_MAXIMUM_THREADS"):
+    os.environ.setdefault(_name, "1")  # our threads share out a batch: BLAS must not start its own
 
 import contextlib
 import copy
@@ -48,7 +53,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
-from scipy.special import entr, expit, logit, logsumexp, softmax
+from scipy.special import entr, expit, logit, softmax
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -126,7 +131,8 @@ def schedule(kind, T, beta_1):
     """alpha_bar_0..T, float64 (T + 1,): alpha_bar_t = prod_{s<=t} (1 - beta_s) is the part of the
     data's variance that is left at t.
 
-    kind    logsnr   logit(1 - alpha_bar_t) linear in t, from logit(beta_1) to 10
+    kind    logsnr   level_t = logit(1 - alpha_bar_t), minus the log of signal over noise, linear in
+                     t, from logit(beta_1) to 10
             paper    beta_t = 1 / (T - t + 1) for t >= 2 (footnote 2, section 2.4.1): every step
                      takes the same part of the signal
             linear   beta_t on the line from 1e-4 to 0.02, times 1000 / T (DDPM)
@@ -178,7 +184,7 @@ class Normal:
         return 0.5 * self.xp.log(2 * math.pi * math.e * variance).sum(1)
 
     def times(self, y, variance):
-        """The product with r(x) = exp(-(x - y)^2 / 2 variance), normalised (Table App.1, eq. 22),
+        """The product with r(x) = exp(-(x - y)^2 / (2 variance)), normalised (Table App.1, eq. 22),
         and log Z (n,): the log of its integral, up to a constant. (Eq. 22 drops Z.)
 
         With the gain g = own / (own + variance): mean (1 - g) mean + g y, variance (1 - g) own.
@@ -255,13 +261,10 @@ class Diffusion:
     q_step(x, t)         q(x_t | x_{t-1} = x), the kernel T_pi of eq. 2. It leaves pi unchanged and
                          is its own reverse there: at t = 1 it is also p(x_0 | x_1), eq. 44
     q_jump(x0, t)        q(x_t | x_0)
-    q_back(x0, xt, t)    q(x_{t-1} | x_t, x_0), t >= 2
+    q_back(x0, xt, t)    q(x_{t-1} | x_t, x_0), t >= 2: of numbers N(mu~, beta~_t I)
     p_x0(xt, t, z)       p(x_0 | x_t), what z says of x_0
     p_back(xt, t, z)     p(x_{t-1} | x_t), t >= 2: q_back averaged over p_x0
     kl(x0, xt, t, z)     KL[q_back || p_back], t >= 2, nats (n,), and dz, its derivative
-    x0_for_r(xt, t, z)   p_x0 as the guidance by r takes it
-    dp_x0(xt, t, z, g)   dx and dz of a function whose gradient in the mean of p_x0 is g
-    guided(p, t, g)      the g to tilt p = p_back by, for the gradient g of log r_t at x_t
     ideal(xt, t, ...)    the z of the best possible kernel, from moments of x_0 given x_t
     H_q(t, x0)           entropy of q(x_t | x_0), nats (n,), t an integer >= 1
     H_step(t, x0)        entropy of q(x_t | x_{t-1}), given x_0 in the mean, likewise
@@ -270,7 +273,14 @@ class Diffusion:
     log_pi, log_null(x)  nats (n,): under pi, and under independent coordinates of the data's mean
     pi(shape)            the distribution pi
 
-    Of t a network is told level, log of noise over signal, and s, log beta_t / beta~_t (T + 1,)."""
+    And for chapter 5 only, where an r(x_0) is to steer the reverse steps:
+
+    x0_for_r(xt, t, z)   p_x0 as this takes it
+    dp_x0(xt, t, z, g)   dx and dz of a function whose gradient in the mean of p_x0 is g
+    guided(p, t, g)      the g to tilt p = p_back by, for the gradient g of log r_t at x_t
+
+    Of t a network is told the level, log of noise over signal, and s = log beta_t / beta~_t, which
+    is 0 at t = 0 and 1; both (T + 1,)."""
 
     discretised = False
 
@@ -306,12 +316,13 @@ class Gaussian(Diffusion):
 
         f_mu = mu~(x_0 = cos phi x_t - sin phi v)        f_sigma = beta~_t (1 + c_t u)
 
-    u = 1 is f_sigma = beta_t, right for white data; u = 0 is beta~_t, right for data of one point.
-    These are the upper and the lower bound of eq. 24, and DDPM's two fixed variances.
+    u = 1 is f_sigma = beta_t, right for data that is N(0, I); u = 0 is beta~_t, right for data of
+    one point. These are the upper and the lower bound of eq. 24, and DDPM's two fixed variances.
 
     variance    learned: u is the network's; beta: u = 1; posterior: u = 0
-    half, ends  of the discretised decoder, see `decode`, normalised: half a grey level, and the
-                centres of the first and the last level; None without it"""
+    half, ends  of a discretised decoder, p(x_0 | x_1) as probabilities of whole bytes, see
+                `decode`, normalised: half a grey level, and the centres of the first and the last
+                level; None without it"""
 
     outputs, distribution = 2, Normal
 
@@ -370,7 +381,7 @@ class Gaussian(Diffusion):
         return Normal(self.xp, cos * xt - sin * v, sin ** 2 * u)
 
     def x0_for_r(self, xt, t, z):
-        """The same with u = 1, the variance of white data: errors that many coordinates share would
+        """The same with u = 1, the variance of N(0, I): errors that many coordinates share would
         count as many observations, and drive x_t away from all data."""
         z = self.xp.stack([z[..., 0], self.xp.ones(xt.shape)], 2)
         return self.p_x0(xt, t, z)
@@ -394,28 +405,31 @@ class Gaussian(Diffusion):
         return Normal(xp, xp.sqrt(before) * x0 + along * eps, eta ** 2 * beta_tilde * (1 + c * u))
 
     def guided(self, p, t, g):
-        """Given r, the mean of x_0 moves by g sin^2 phi / cos phi (Tweedie's formula), and f_mu
-        with it; for small steps that is eq. 61, g f_sigma. A move by more than five deviations of
-        the data is an error of the network, and is cut."""
+        """Given r, the mean of x_0 moves by g sin^2 phi / cos phi, since E[x_0 | x_t] is (x_t +
+        sin^2 phi grad log q(x_t)) / cos phi (Tweedie), and f_mu with it; for small steps that is
+        eq. 61, g f_sigma. A move by more than five deviations of the data is an error of the
+        network, and is cut."""
         cos, sin, from_x0 = self._at(t, self.cos, self.sin, self.from_x0)
+        cos = self.xp.where(cos > 0, cos, math.inf)  # alpha_bar_T = 0: x_T says nothing of x_0
         return from_x0 * self.xp.clip(sin ** 2 / cos * g, -5, 5) / p.variance
 
-    def kl(self, x0, xt, t, z, weights=None):
+    def kl(self, x0, xt, t, z, v_weight=None):
         """The KL of a step, nats (n,), and dz. Per dimension, with e = v - v* and g = c u,
 
             1/2 [ log(f_sigma / beta~) + (beta~ + (f_mu - mu~)^2) / f_sigma - 1 ]
             = 1/2 [ log(1 + g) + (c e^2 - g) / (1 + g) ]
-            dv = c e / (1 + g)        du = c^2 (u - e^2) / 2 (1 + g)^2
+            dv = c e / (1 + g)        du = c^2 (u - e^2) / (2 (1 + g)^2)
 
-        weights (T + 1,): v descends weights_t e^2 instead (see objective); u still the KL."""
-        u, e, c = self.error(x0, xt, t, z)
+        v_weight (T + 1,): v descends v_weight_t e^2 instead of the KL (see objective); u still
+        descends the KL."""
+        u, e, c = self.u_e_c(x0, xt, t, z)
         g = c * u
         kl = 0.5 * (self.xp.log1p(g) + (c * e ** 2 - g) / (1 + g)).sum(1)
-        dv = c * e / (1 + g) if weights is None else 2 * self._at(t, weights)[0] * e
+        dv = c * e / (1 + g) if v_weight is None else 2 * self._at(t, v_weight)[0] * e
         du = self._learned * 0.5 * c ** 2 * (u - e ** 2) / (1 + g) ** 2
         return kl, self.xp.stack([dv, du], 2)
 
-    def error(self, x0, xt, t, z):
+    def u_e_c(self, x0, xt, t, z):
         """u and e = v - v* (n, D), and c (n, 1)."""
         v, u = self._v_u(t, z)
         return u, v - self.velocity(x0, xt, t), self._at(t, self.c)[0]
@@ -571,7 +585,7 @@ class Binomial(Diffusion):
         m = self.p_x0(xt, t, z)
         return self._mixture(m.one, m.zero, *self._ends(xt, t))
 
-    def kl(self, x0, xt, t, z, weights=None):
+    def kl(self, x0, xt, t, z, v_weight=None):
         """Per bit, with b of q_back and f of p_back,
 
             b log(b / f) + (1 - b) log((1 - b) / (1 - f))        df = (f - b) / (f (1 - f))
@@ -666,7 +680,7 @@ def flatten(x):
 
 
 class Dense(Layer):
-    """y = x W + b at every pixel.        dW = x' dy    db = sum dy    dx = dy W'"""
+    """y = x W + b at every pixel.        dW = x^T dy    db = sum dy    dx = dy W^T"""
 
     def __init__(self, inputs, outputs, gain=1.0):
         self.shapes, self.gain = dict(W=(inputs, outputs), b=(outputs,)), gain
@@ -688,7 +702,7 @@ class Conv3x3(Layer):
     """y_i = sum_k x_{i+k} W_k: for every pixel i a sum over the nine pixels i + k around it, which
     are zero beyond the border.
 
-    dW_k = sum_i x_{i+k}' dy_i        dx_i = sum_k dy_{i+k} W_{8-k}'
+    dW_k = sum_i x_{i+k}^T dy_i        dx_i = sum_k dy_{i+k} W_{8-k}'
 
     since pixel i is the (8-k)-th neighbour of its own k-th neighbour. Copies of all nine would take
     nine times the memory: here every pixel gets its left and right neighbour beside it, and three
@@ -730,7 +744,7 @@ class Conv3x3(Layer):
 class Time(Layer):
     """y = x + c, c = e V + b, the same for all pixels of an example.
 
-    dc = dy summed over the pixels        dV = e' dc    db = sum dc    de += dc V'    dx = dy"""
+    dc = dy summed over the pixels        dV = e^T dc    db = sum dc    de += dc V^T    dx = dy"""
 
     def __init__(self, time, width):
         self.shapes = dict(V=(time, width), b=(width,))
@@ -910,7 +924,7 @@ class Edges(Layer):
     """How far x is from every c in edges, the values where the density of the data jumps, compared
     with the noise: z / (k + |z|) for k = 1 and 4, with z = (x - cos phi c) / sin phi.
 
-    dx = dz / sin        dphi = dz (c - cos x) / sin^2        dlevel = 1/2 sin cos dphi"""
+    dx = dz / sin        dphi = dz (c - x cos) / sin^2        dlevel = 1/2 sin cos dphi"""
 
     def __init__(self, edges):
         self.edges = edges
@@ -962,32 +976,32 @@ class Bumps(Layer):
         return (dy[:, :, :, None] * g[:, None, None, :, None]).reshape(*dy.shape[:3], -1)
 
 
-# Readouts: from what a network prints, z, to what the diffusion needs, y. forward(z, x, tape) gives
-# y; backward(dy, tape) gives dz, and the dx of what y takes from x directly
+# Readouts: from what the last layer gives, h, to the z of chapter 1. forward(h, x, tape) gives z;
+# backward(dz, tape) gives dh, and the dx of what z takes from x directly
 
 class LogOdds:
-    """Bits: y = z."""
+    """Bits: z = h."""
 
-    def forward(self, z, x, tape):
-        return z
+    def forward(self, h, x, tape):
+        return h
 
-    def backward(self, dy, tape):
-        return dy, 0.0
+    def backward(self, dz, tape):
+        return dz, 0.0
 
 
 class Velocity:
-    """Numbers: z = (v, log u) for every channel, y = (v, u).        dlog u = u du"""
+    """Numbers: h = (v, log u) for every channel, z = (v, u).        dlog u = u du"""
 
-    def forward(self, z, x, tape):
-        y = z.copy()
-        y[..., 1::2] = tape.xp.exp(tape.xp.minimum(z[..., 1::2], 20))  # untrained, far off: finite
-        tape.saved.append(y)
-        return y
+    def forward(self, h, x, tape):
+        z = h.copy()
+        z[..., 1::2] = tape.xp.exp(tape.xp.minimum(h[..., 1::2], 20))  # 20: finite, if untrained
+        tape.saved.append(z)
+        return z
 
-    def backward(self, dy, tape):
-        y, dz = tape.saved.pop(), dy.copy()
-        dz[..., 1::2] *= y[..., 1::2]
-        return dz, 0.0
+    def backward(self, dz, tape):
+        z, dh = tape.saved.pop(), dz.copy()
+        dh[..., 1::2] *= z[..., 1::2]
+        return dh, 0.0
 
 
 class Epsilon(Velocity):
@@ -995,77 +1009,75 @@ class Epsilon(Velocity):
 
     deps = dv / cos     dx = -tan dv     dphi = (tan v - x) dv     dlevel = 1/2 sin cos dphi"""
 
-    def forward(self, z, x, tape):
+    def forward(self, h, x, tape):
         cos, sin = angle(tape)
-        y = super().forward(z, x, tape)
-        y[..., ::2] = (z[..., ::2] - sin * x) / cos
+        z = super().forward(h, x, tape)
+        z[..., ::2] = (h[..., ::2] - sin * x) / cos
         tape.saved.append(x)
-        return y
+        return z
 
-    def backward(self, dy, tape):
-        (cos, sin), x, y = angle(tape), tape.saved.pop(), tape.saved[-1]
-        dv, v = dy[..., ::2], y[..., ::2]
+    def backward(self, dz, tape):
+        (cos, sin), x, z = angle(tape), tape.saved.pop(), tape.saved[-1]
+        dv, v = dz[..., ::2], z[..., ::2]
         tape.dlevel += 0.5 * (sin * cos * (sin / cos * v - x) * dv).sum((1, 2, 3))
-        dz, _ = super().backward(dy, tape)
-        dz[..., ::2] /= cos
-        return dz, -sin / cos * dv
+        dh, _ = super().backward(dz, tape)
+        dh[..., ::2] /= cos
+        return dh, -sin / cos * dv
 
 
 class PaperKernel:
-    """The paper's own, eqs. 64 and 65, with z = (z_mu, z_sigma):
+    """The paper's own, eqs. 64 and 65, with h = (h_mu, h_sigma):
 
-        f_sigma = sigmoid(z_sigma + logit beta)        f_mu = (x - z_mu) (1 - f_sigma) + z_mu
+        f_sigma = sigmoid(h_sigma + logit beta)        f_mu = (x - h_mu) (1 - f_sigma) + h_mu
 
     With rho = f_sigma / beta, A = alpha_bar_{t-1} = 1 - sin^2 phi e^-s, beta = 1 - cos^2 phi / A,
     k = sin phi / sqrt(A) and c = e^s - 1, so that the schedule comes in by phi and s alone, this is
 
-        v = k (rho (x - z_mu) - x / (1 + sqrt(1 - beta)))        u = (rho e^s - 1) / c
-        drho = rho (1 - beta rho) dz_sigma - rho^2 (1 - e^-z_sigma) dbeta"""
+        v = k (rho (x - h_mu) - x / (1 + sqrt(1 - beta)))        u = (rho e^s - 1) / c
+        drho = rho (1 - beta rho) dh_sigma - rho^2 (1 - e^-h_sigma) dbeta"""
 
-    def _terms(self, z, tape):
+    def _terms(self, h, tape):
         xp, (cos, sin), s = tape.xp, angle(tape), tape.s[:, None, None, None]
         A = 1 - sin ** 2 * xp.exp(-s)
-        beta, e = 1 - cos ** 2 / A, xp.exp(-z[..., 1::2])
-        return cos, sin, s, A, beta, e, 1 / (beta + (1 - beta) * e), sin / xp.sqrt(A)
+        beta, e_h = 1 - cos ** 2 / A, xp.exp(-h[..., 1::2])
+        return cos, sin, s, A, beta, e_h, 1 / (beta + (1 - beta) * e_h), sin / xp.sqrt(A)
 
-    def forward(self, z, x, tape):
-        xp, (_, _, s, _, beta, _, rho, k) = tape.xp, self._terms(z, tape)
-        tape.saved.append((z, x))
-        y = xp.empty_like(z)
-        y[..., ::2] = k * (rho * (x - z[..., ::2]) - x / (1 + xp.sqrt(1 - beta)))
-        y[..., 1::2] = (rho * xp.exp(s) - 1) / xp.expm1(s)
-        return y
+    def forward(self, h, x, tape):
+        xp, (_, _, s, _, beta, _, rho, k) = tape.xp, self._terms(h, tape)
+        tape.saved.append((h, x))
+        z = xp.empty_like(h)
+        z[..., ::2] = k * (rho * (x - h[..., ::2]) - x / (1 + xp.sqrt(1 - beta)))
+        z[..., 1::2] = (rho * xp.exp(s) - 1) / xp.expm1(s)
+        return z
 
-    def backward(self, dy, tape):
-        xp, (z, x) = tape.xp, tape.saved.pop()
-        cos, sin, s, A, beta, e, rho, k = self._terms(z, tape)
-        (dv, du), shrink, c = (dy[..., ::2], dy[..., 1::2]), xp.sqrt(1 - beta), xp.expm1(s)
-        far = x - z[..., ::2]
+    def backward(self, dz, tape):
+        xp, (h, x) = tape.xp, tape.saved.pop()
+        cos, sin, s, A, beta, e_h, rho, k = self._terms(h, tape)
+        (dv, du), shrink, c = (dz[..., ::2], dz[..., 1::2]), xp.sqrt(1 - beta), xp.expm1(s)
+        far = x - h[..., ::2]
         drho = dv * k * far + du * (1 + c) / c
-        dz = xp.empty_like(z)
-        dz[..., ::2], dz[..., 1::2] = -dv * k * rho, drho * rho * (1 - beta * rho)
-        dbeta = -drho * rho ** 2 * (1 - e) - dv * k * x / (2 * shrink * (1 + shrink) ** 2)
+        dh = xp.empty_like(h)
+        dh[..., ::2], dh[..., 1::2] = -dv * k * rho, drho * rho * (1 - beta * rho)
+        dbeta = -drho * rho ** 2 * (1 - e_h) - dv * k * x / (2 * shrink * (1 + shrink) ** 2)
         dk = dv * (rho * far - x / (1 + shrink))
         dA = dbeta * cos ** 2 / A ** 2 - dk * k / (2 * A)
         dphi = dbeta * 2 * sin * cos / A + dk * cos / xp.sqrt(A) - dA * 2 * sin * cos * xp.exp(-s)
         ds = dA * sin ** 2 * xp.exp(-s) + du * (1 + c) * (1 - rho) / c ** 2
         tape.dlevel += 0.5 * (sin * cos * dphi).sum((1, 2, 3))
         tape.ds += ds.sum((1, 2, 3))
-        return dz, dv * k * (rho - 1 / (1 + shrink))
+        return dh, dv * k * (rho - 1 / (1 + shrink))
 
 
 # Networks
 
 class Network:
-    """y = readout(body(x)), where the Time layers of the body hear e = time(waves of the level).
+    """z = readout(body(x)), where the Time layers of the body hear e = time(level).
 
     Of t it knows only how strong the noise is (and s, with PaperKernel). So it serves any part of
     the T steps, and a schedule that is learned."""
 
-    rates = np.exp(np.linspace(0, 5, 32)) / 40
-
     def __init__(self, body, readout, *time):
-        self.body, self.readout, self.time = body, readout, Sequential(Waves(self.rates), *time)
+        self.body, self.readout, self.time = body, readout, Sequential(*time)
 
     def with_weights(self):
         """Its layers that have weights, in a fixed order."""
@@ -1078,24 +1090,25 @@ class Network:
         return found
 
     def forward(self, x, level, s, tape):
-        """y (n, H, W, C outputs) for x (n, H, W, C), and level and s (n,)."""
+        """z (n, H, W, C outputs) for x (n, H, W, C), and level and s (n,)."""
         tape.saved.clear()
         tape.level, tape.s = level.astype(x.dtype), s.astype(x.dtype)
         tape.e = self.time.forward(tape.level[:, None, None, None], tape).reshape(len(x), -1)
         return self.readout.forward(self.body.forward(x, tape), x, tape)
 
-    def backward(self, dy, tape):
+    def backward(self, dz, tape):
         """dx of the last forward; dlevel and ds are on the tape. Adds to the weights' gradients."""
         tape.de, tape.dlevel, tape.ds = map(tape.xp.zeros_like, (tape.e, tape.level, tape.s))
-        dz, dx = self.readout.backward(dy, tape)
-        dx = dx + self.body.backward(dz, tape)
+        dh, dx = self.readout.backward(dz, tape)
+        dx = dx + self.body.backward(dh, tape)
         tape.dlevel += self.time.backward(tape.de[:, None, None], tape).reshape(-1)
         return dx
 
 
 def time_layers(time):
-    """The layers that make e (n, time) of the 64 waves."""
-    return Dense(64, time), Rectifier(), Dense(time, time), Rectifier()
+    """The layers that make e (n, time) of the level."""
+    rates = np.exp(np.linspace(0, 5, 32)) / 40
+    return Waves(rates), Dense(64, time), Rectifier(), Dense(time, time), Rectifier()
 
 
 def features(channels, scales, edges):
@@ -1188,9 +1201,10 @@ def initial_weights(layers, xp, dtype, seed):
 
 
 def relative_rates(layers, xp, dtype):
-    """One flat array: by what the learning rate of each weight is multiplied, min(1, 288 / inputs)
-    for matrices. Adam moves all weights by about the same, and in the product with x as many moves
-    add up as there are inputs (Yang & Hu 2021)."""
+    """One flat array: the factor on the learning rate of each weight, min(1, 288 / inputs) for
+    matrices (288 are the inputs of a 3 x 3 convolution of 32 channels). Adam moves all weights by
+    about the same, and in the product with x as many moves add up as there are inputs (Yang & Hu
+    2021)."""
     flat = np.ones(sum(math.prod(s) for layer in layers for s in layer.shapes.values()), dtype)
     for weights in views(layers, flat).values():
         for w in weights.values():
@@ -1251,38 +1265,40 @@ class Adam:
 
 def objective(kind, q):
     """What training descends, as tables over t (T + 1,): frequency, t is drawn in proportion to it;
-    weight, of the loss of a drawn t; error, the weight of (v - v*)^2 in this loss, or None for the
-    KL itself. InputError for an unknown kind.
+    weight, of the loss of a drawn t; v_weight, that of (v - v*)^2 in this loss, or None for the KL
+    itself. InputError for an unknown kind.
 
     K        1/2 c_t / (1 + c_t u), and the terms in u: eq. 14
-    focused  K's, times 1 + 8 exp(-(level_t + 1)^2 / 25), by which t is drawn as well, and over
-             alpha_bar_t: less of the steps below a grey level, whose noise nobody can predict, and
-             more of those that decide what a picture will be (as in Karras et al. 2022)
+    focused  K's, times 1 + 8 exp(-(level_t + 1)^2 / 25), by which t is drawn as well, and divided
+             by alpha_bar_t + 0.001: less of the steps below a grey level, whose noise nobody can
+             predict, more of those that decide what a picture will be (as in Karras et al. 2022)
     simple   alpha_bar_t, the mean square of eps - eps^: DDPM eq. 14
-    mean     beta_t^2 alpha_bar_{t-1} / (1 - alpha_bar_t), that of mu~ - f_mu: DDPM eq. 8
+    mean     beta_t^2 alpha_bar_{t-1} / (1 - alpha_bar_t), that of mu~ - f_mu: DDPM eq. 8 without
+             its factor 1 / (2 sigma_t^2)
 
     All are one squared error with other weights, so they have the same minimiser; u (see Gaussian)
     always descends the KL. All but K are scaled to K's weight in the mean over t."""
     xp = q.xp
     t = xp.arange(q.T + 1)
     frequency = xp.where(t > 1, 1.0, 0.0)
-    weight, error = frequency.copy(), None
+    weight, v_weight = frequency.copy(), None
     c = xp.where(t > 1, q.c, 0.0) if isinstance(q, Gaussian) else frequency
     if kind == "focused":
         frequency = frequency * (1 + 8 * xp.exp(-(q.level + 1) ** 2 / 25))
         weight = frequency / (q.alpha_bar + 1e-3)
         weight = weight * (c.sum() / (weight * c).sum())
-    elif kind in ("simple", "mean"):
+    elif kind in ("simple", "mean") and isinstance(q, Gaussian):
         with np.errstate(invalid="ignore"):
-            error = q.alpha_bar if kind == "simple" else (q.from_x0 * q.sin) ** 2
-        error = xp.where(t > 1, error, 0.0)
-        error = error * (c.sum() / 2 / error.sum())
+            v_weight = q.alpha_bar if kind == "simple" else (q.from_x0 * q.sin) ** 2
+        v_weight = xp.where(t > 1, v_weight, 0.0)
+        v_weight = v_weight * (c.sum() / 2 / v_weight.sum())
     elif kind != "K":
-        raise InputError(f"no objective '{kind}': choose K, focused, simple or mean")
-    if q.discretised:  # the decoder is one step of T, and has most of the gradient's noise
+        raise InputError(f"no objective '{kind}' here: choose K, focused, or for numbers also "
+                         "simple or mean")
+    if q.discretised:  # the decoder's gradient is the noisiest: a twentieth of the draws
         frequency, weight = frequency.copy(), weight.copy()
         frequency[1], weight[1] = 0.05 * frequency.sum(), 1.0
-    return frequency, weight, error
+    return frequency, weight, v_weight
 
 
 def stratified(number, frequency, u):
@@ -1365,7 +1381,7 @@ class DPM:
         """Values in the data's units, normalised."""
         return (raw - self.shift) / self.scale
 
-    def _with(self, diffusion, shape=None):
+    def with_diffusion(self, diffusion, shape=None):
         """The same network and weights with another diffusion, or for another shape."""
         model = copy.copy(self)
         model.diffusion, model.T, model.shape = diffusion, diffusion.T, shape or self.shape
@@ -1374,14 +1390,14 @@ class DPM:
 
     def shortened(self, S):
         """The same model with a chain of S steps, see Diffusion.shortened."""
-        return self._with(self.diffusion.shortened(S))
+        return self.with_diffusion(self.diffusion.shortened(S))
 
     def resized(self, H, W):
         """The same model for pictures of another size; InputError if the network has only one."""
         if self.about.get("network") == "paper" and (H, W) != self.shape[:2]:
             H, W, _ = self.shape
             raise InputError(f"the paper's network has a dense path for {W} x {H} pixels only")
-        return self._with(self.diffusion, (H, W, self.shape[2]))
+        return self.with_diffusion(self.diffusion, (H, W, self.shape[2]))
 
     def follow_schedule(self):
         """Makes the diffusion that the weights of a learned schedule stand for now."""
@@ -1458,9 +1474,10 @@ class DPM:
             K = - sum_{t=2..T} E_q KL[ q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ]
                 + H_q(X_T|X_0) - H_q(X_1|X_0) - H_p(X_T)
 
-        H_p(X_T) = E[-log pi(x_T) + log pi(x_1) - log pi(x_0)] is the paper's constant where the
-        data have the mean log pi of pi (eqs. 42-46). With a discretised decoder K is DDPM's eq. 5,
-        for the probability of the bytes: - L_T - sum of KLs - L_0, L_0 = E[-log p(x_0 | x_1)].
+        H_p(X_T) = E[-log pi(x_T) + log pi(x_1) - log pi(x_0)] is the paper's constant where E log
+        pi(x_0) over the data is E log pi(x) under pi (eqs. 42-46). With a discretised decoder K is
+        minus DDPM's eq. 5, for the probability of the bytes: - L_T - sum of KLs - L_0, with
+        L_0 = E[-log p(x_0 | x_1)].
 
         draws   how many of the T - 1 KLs to draw for each example, spread over all t; None: all
         rng     a generator of NumPy; every block of `batch` examples gets its own from it
@@ -1505,22 +1522,21 @@ class DPM:
             parts, signs = dict(L_T=q.from_pi(T, x0)), dict(L_T=-1)
         parts, null = {name: to_host(a) for name, a in parts.items()}, to_host(q.log_null(x0))
         each = sum(signs[name] * a for name, a in parts.items()) - each
-        K = sum(signs[name] * a.mean() for name, a in parts.items()) - kl.sum()
 
         def se(values):
             return float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
 
-        return dict(K=float(K), K_se=se(each), K_each=each, L_null=float(null.mean()),
+        return dict(K=float(each.mean()), K_se=se(each), K_each=each, L_null=float(null.mean()),
                     K_minus_L_null=float(each.mean() - null.mean()),
                     K_minus_L_null_se=se(each - null), kl=kl, entropy=entropy,
                     distortion=distortion, **{name: float(a.mean()) for name, a in parts.items()})
 
     # Training
 
-    def _loss(self, x0, xt, t, z, error=None):
+    def _loss(self, x0, xt, t, z, v_weight=None):
         """The KL of each step, nats (n,), or a decoder's -log p(x_0 | x_1) where t = 1; and dz."""
         q = self.diffusion
-        loss, dz = q.kl(x0, xt, self.xp.maximum(t, 2), z, error)
+        loss, dz = q.kl(x0, xt, self.xp.maximum(t, 2), z, v_weight)
         decoded = t == 1
         if q.discretised and bool(decoded.any()):
             loss[decoded], dz[decoded] = q.decode(x0[decoded], xt[decoded], z[decoded])
@@ -1532,7 +1548,7 @@ class DPM:
         integers that seed the draws, such as seed and step. Returns t (n,) and loss_t / chance_t
         (n,), nats, whose mean estimates the sum of the KLs whatever the objective is."""
         xp, q, (n, D) = self.xp, self.diffusion, x0.shape
-        frequency, weight, error = tables or objective("K", q)
+        frequency, weight, v_weight = tables or objective("K", q)
         frequency = to_host(frequency)
         t = stratified(n, frequency, generator(np, "times", *key).random())
         chance, t = xp.asarray(frequency[t] / frequency.sum()), xp.asarray(t)
@@ -1544,12 +1560,12 @@ class DPM:
             xt[share] = q.q_jump(x0[share], t[share]).draw(noise)
             for i in pieces:
                 z = self.piece(xt[i], t[i], tape)
-                loss[i], dz = self._loss(x0[i], xt[i], t[i], z, error)
+                loss[i], dz = self._loss(x0[i], xt[i], t[i], z, v_weight)
                 dx = self.piece_backward(dz * factor[i, None, None], tape)
                 if self.learned:
-                    dlogsnr = self.learned.dlogsnr(q, x0[i], xt[i], t[i], z, dx, tape, factor[i], n)
+                    dlevel = self.learned.dlevel(q, x0[i], xt[i], t[i], z, dx, tape, factor[i], n)
                     psi = self.weights[self.learned]["psi"]
-                    tape.dtheta[self.learned]["psi"] += self.learned.backward(psi, dlogsnr)
+                    tape.dtheta[self.learned]["psi"] += self.learned.backward(psi, dlevel)
 
         for grad in self.grads:
             grad[...] = 0
@@ -1579,7 +1595,7 @@ class DPM:
 
         steps   use this many of the T steps, see Diffusion.shortened
         eta     from 0, no noise, to 1, the model's, see Gaussian.p_back
-        keep    times t whose x_t are wanted too: then the result is (samples, {t: x_t})
+        keep    times t in 1..T whose x_t are wanted too: then the result is (samples, {t: x_t})
         first   begin with sample number `first`, so that many can be drawn part by part
 
         Sample k has its own noise, from (seed, k): up to rounding it is the same on every device
@@ -1630,8 +1646,8 @@ class DPM:
 # 4. More theory
 # ------------------------------------------------------------------------------------------------
 # Nothing here is needed to train or to sample. entropy_bounds says, without a network, how random
-# a reverse step must be; log_weights, what probability the model itself gives to an example; and
-# frechet, how far samples are from data. With the learned schedule, beta_t are weights as well.
+# a reverse step must be; log_weights, what probability the model itself gives to an example. With
+# the learned schedule, beta_t are weights as well.
 
 def entropy_bounds(q, x0):
     """The bounds of eq. 24 (appendix A) on the entropy of every reverse step, for data x0 (n, D):
@@ -1640,8 +1656,8 @@ def entropy_bounds(q, x0):
         H_q(X_t|X_{t-1}) + H_q(X_{t-1}|X_0) - H_q(X_t|X_0) <= H_q(X_{t-1}|X_t) <= H_q(X_t|X_{t-1})
 
     The lower one is tight where x_0 adds nothing to what x_t tells of x_{t-1}, as for one point;
-    the upper one where H_q(X_t) no longer grows, as for data that is pi already. It needs data of
-    unit variance, or bits whose mean is the rate."""
+    the upper one where H_q(X_t) no longer grows, as for data that is pi already. That one needs
+    data of unit variance, or bits whose mean is the rate."""
     mean = q.xp.asarray(x0).mean(0, keepdims=True)  # every entropy is linear in x_0
     H_q = np.array([math.nan] + [float(q.H_q(t, mean)[0]) for t in range(1, q.T + 1)])
     upper = np.array([math.nan] * 2 + [float(q.H_step(t, mean)[0]) for t in range(2, q.T + 1)])
@@ -1653,8 +1669,10 @@ def log_weights(model, x0, trajectories, rng, batch=8192):
 
         w = p(x_T) prod_{t=1..T} p(x_{t-1} | x_t) / q(x_t | x_{t-1})   E_q w = p(x_0), E_q log w = K
 
-    This is annealed importance sampling, or Jarzynski's average of the work. rng is a generator of
-    NumPy; `batch` trajectories are followed at a time. InputError for a discretised decoder."""
+    log mean w estimates log p(x_0): on average it is K for one trajectory, and rises to log p(x_0)
+    with their number. This is annealed importance sampling, or Jarzynski's average of the work.
+    rng is a generator of NumPy; `batch` trajectories are followed at a time. InputError for a
+    discretised decoder."""
     xp, q = model.xp, model.diffusion
     if q.discretised:
         raise InputError("trajectories weigh densities: a discretised decoder has none")
@@ -1672,87 +1690,67 @@ def log_weights(model, x0, trajectories, rng, batch=8192):
     return log_w.reshape(len(x0), trajectories)
 
 
-def log_likelihood(model, x0, trajectories, rng):
-    """An estimate of log p(x_0), nats (n,): log mean w over the trajectories of each x0. In the
-    mean it is K for one trajectory, and rises to log p(x_0) with their number."""
-    return logsumexp(log_weights(model, x0, trajectories, rng), axis=1) - math.log(trajectories)
+class LearnedSchedule:
+    """beta_2..T as weights psi that ascend K (section 2.4.1); beta_1 stays fixed. The level,
+    level_t = logit(1 - alpha_bar_t), climbs by positive steps exp(a_t):
 
-
-def frechet(x, y, components=40):
-    """The Frechet distance |m_x - m_y|^2 + tr(C_x + C_y - 2 sqrt(C_x C_y)) of Gaussians fitted to
-    x and y (n, D), in the leading principal components of x. It needs no other network and is 0 for
-    equal means and covariances, which are all that it sees; few examples make it larger."""
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    mean = x.mean(0)
-    basis = np.linalg.eigh(np.cov(x.T))[1][:, -components:]
-    x, y = (x - mean) @ basis, (y - mean) @ basis
-    C_x, C_y = np.cov(x.T), np.cov(y.T)
-    roots = np.sqrt(np.maximum(np.linalg.eigvals(C_x @ C_y).real, 0)).sum()
-    gap = ((y.mean(0) - x.mean(0)) ** 2).sum()
-    return float(gap + np.trace(C_x) + np.trace(C_y) - 2 * roots)
-
-
-class LearnedSchedule(Layer):
-    """beta_2..T as weights psi that ascend K (section 2.4.1); beta_1 stays fixed. The log of noise
-    over signal, logsnr_t = logit(1 - alpha_bar_t), climbs by positive steps exp(a_t):
-
-        logsnr_t = logsnr_1 + (end - logsnr_1) c_t / c_T        c_t = sum_{s=2..t} exp(a_s)
+        level_t = level_1 + (end - level_1) h_t / h_T        h_t = sum_{i=2..t} exp(a_i)
 
     a_2..T runs in straight lines between at most 40 knots psi / (1 + |psi / 6|), and end = 6 +
     4 psi_end / (1 + |psi_end|). So |a| < 6, 2 < end < 10 and 0 < beta_t < 1 whatever psi is;
-    psi = 0 makes logsnr linear in t."""
+    psi = 0 makes level linear in t."""
 
     def __init__(self, T, beta_1, xp=np):
-        self.xp, self.logsnr_1, knots = xp, float(logit(beta_1)), min(T - 1, 40)
+        self.xp, self.level_1, knots = xp, float(logit(beta_1)), min(T - 1, 40)
         self.shapes = dict(psi=(knots + 1,))
         place = np.linspace(0, knots - 1, T - 1)
         self.between = xp.asarray(np.maximum(0, 1 - np.abs(place[:, None] - np.arange(knots))))
 
     def _parts(self, psi):
-        """exp(a), with a = between @ knots, and c, (T - 1,); and span = end - logsnr_1 (1,)."""
+        """exp(a), with a = between @ knots, and h, (T - 1,); and span = end - level_1 (1,)."""
         xp, psi = self.xp, psi.astype(np.float64)
         rise = xp.exp(self.between @ (psi / (1 + abs(psi / 6)))[:-1])
-        return rise, xp.cumsum(rise), 6 + 4 * psi[-1:] / (1 + abs(psi[-1:])) - self.logsnr_1
+        return rise, xp.cumsum(rise), 6 + 4 * psi[-1:] / (1 + abs(psi[-1:])) - self.level_1
 
     def forward(self, psi):
         """alpha_bar_0..T of psi."""
-        xp, (_, c, span) = self.xp, self._parts(psi)
-        logsnr = self.logsnr_1 + xp.concatenate([xp.zeros(1), span * c / c[-1:]])
-        return xp.concatenate([xp.ones(1), 1 / (1 + xp.exp(logsnr))])
+        xp, (_, h, span) = self.xp, self._parts(psi)
+        level = self.level_1 + xp.concatenate([xp.zeros(1), span * h / h[-1:]])
+        return xp.concatenate([xp.ones(1), 1 / (1 + xp.exp(level))])
 
     @staticmethod
-    def dlogsnr(q, x0, xt, t, z, dx, tape, factor, n):
-        """The gradient (T + 1,) of -K / D in logsnr, from some of the n examples of DPM.gradient:
+    def dlevel(q, x0, xt, t, z, dx, tape, factor, n):
+        """The gradient (T + 1,) of -K / D in level, from some of the n examples of DPM.gradient:
         each KL counts `factor` (n,), and the network's backward has left dx (n, D) and, on the
         tape, dlevel and ds. eps is held fixed, so that x_t, v*, what the network is told, the KL
-        and two entropies depend on the schedule. logsnr is the level. Per dimension, g = c u:
+        and two entropies depend on the schedule. Per dimension, with g = c u as in Gaussian.kl:
 
-            logsnr_t = 2 log tan phi_t                 dphi_t / dlogsnr_t = 1/2 sin phi_t cos phi_t
+            level_t = 2 log tan phi_t                  dphi_t / dlevel_t = 1/2 sin phi_t cos phi_t
             dx_t / dphi_t = v*                         dv* / dphi_t = -x_t
-            s_t = log sin^2 phi_t - log sin^2 phi_t-1  dlog sin^2 phi_t / dlogsnr_t = alpha_bar_t
+            s_t = log sin^2 phi_t - log sin^2 phi_t-1  dlog sin^2 phi_t / dlevel_t = alpha_bar_t
             dc / ds = 1 + c                            dKL / dc = 1/2 (e^2 + g u) / (1 + g)^2
-            dH_q(X_T|X_0) / dlogsnr_T = 1/2 alpha_bar_T
-            dH_p(X_T) / dlogsnr_T = 1/2 (1 - x_0^2) alpha_bar_T (1 - alpha_bar_T)"""
-        u, e, c = q.error(x0, xt, t, z)
+            dH_q(X_T|X_0) / dlevel_T = 1/2 alpha_bar_T
+            dH_p(X_T) / dlevel_T = 1/2 (1 - x_0^2) alpha_bar_T (1 - alpha_bar_T)"""
+        u, e, c = q.u_e_c(x0, xt, t, z)
         g = c * u
         dphi = factor * (c * e / (1 + g) * xt).sum(1) + (dx * q.velocity(x0, xt, t)).sum(1)
         ds = factor * (0.5 * (1 + c) * (e ** 2 + g * u) / (1 + g) ** 2).sum(1) + tape.ds
         at = (t == q.xp.arange(q.T + 1)[:, None]).astype(np.float64)
-        dphi, ds, dlevel = at @ dphi, at @ ds, at @ tape.dlevel.astype(np.float64)
+        dphi, ds, told = at @ dphi, at @ ds, at @ tape.dlevel.astype(np.float64)
         ds[:-1] -= ds[1:]  # phi_t is in s_t and in s_{t+1}
-        dlogsnr, a_T = 0.5 * q.sin * q.cos * dphi + q.alpha_bar * ds + dlevel, q.alpha_bar[-1]
-        dlogsnr[-1] -= 0.5 * a_T * (1 - (1 - a_T) * (1 - x0 ** 2)).sum() / x0.shape[1] / n
-        return dlogsnr
+        dlevel, a_T = 0.5 * q.sin * q.cos * dphi + q.alpha_bar * ds + told, q.alpha_bar[-1]
+        dlevel[-1] -= 0.5 * a_T * (1 - (1 - a_T) * (1 - x0 ** 2)).sum() / x0.shape[1] / n
+        return dlevel
 
-    def backward(self, psi, dlogsnr):
-        """dpsi from dlogsnr (T + 1,), whose entries 0 and 1 are not used.
+    def backward(self, psi, dlevel):
+        """dpsi from dlevel (T + 1,), whose entries 0 and 1 are not used.
 
-        dspan = sum_t dlogsnr_t c_t / c_T              dc_t = span / c_T (dlogsnr_t - [t = T] dspan)
-        da_s = exp(a_s) sum_{t>=s} dc_t"""
-        xp, (rise, c, span) = self.xp, self._parts(psi)
+        dspan = sum_t dlevel_t h_t / h_T               dh_t = span / h_T (dlevel_t - [t = T] dspan)
+        da_i = exp(a_i) sum_{t>=i} dh_t"""
+        xp, (rise, h, span) = self.xp, self._parts(psi)
         psi = psi.astype(np.float64)
-        dspan = (dlogsnr[2:] * c / c[-1:]).sum(keepdims=True)
-        da = rise * (xp.cumsum(dlogsnr[2:][::-1])[::-1] - dspan) * span / c[-1:]
+        dspan = (dlevel[2:] * h / h[-1:]).sum(keepdims=True)
+        da = rise * (xp.cumsum(dlevel[2:][::-1])[::-1] - dspan) * span / h[-1:]
         slope = 1 / (1 + abs(psi[:-1] / 6)) ** 2
         return xp.concatenate([self.between.T @ da * slope, dspan * 4 / (1 + abs(psi[-1:])) ** 2])
 
@@ -1765,7 +1763,7 @@ class LearnedSchedule(Layer):
 # is an approximation; many weighted chains, called particles, are exact in the limit.
 
 class Observation:
-    """r(x) = exp(-(x - y)^2 / 2 sigma^2), x normalised: y (n, D) or (D,), and sigma >= 0 that
+    """r(x) = exp(-(x - y)^2 / (2 sigma^2)), x normalised: y (n, D) or (D,), and sigma >= 0 that
     broadcasts to it. sigma = 0 says that a coordinate is known (inpainting), inf that it is free;
     values in between denoise. InputError where this makes no sense."""
 
@@ -1854,15 +1852,16 @@ class Posterior:
 
         constant   r                                       eq. 23
         annealed   r^((T - t) / T)                         section 2.5
-        predicted  E[r(x_0) | x_t], for x_0 as the network predicts it, coordinates independent
+        predicted  E[r(x_0) | x_t], for x_0 with the mean that the network predicts, coordinates
+                   independent, and of numbers the variance sin^2 phi (x0_for_r)
 
     constant and annealed multiply an Observation in closed form, coordinate by coordinate.
     predicted tilts each step by the gradient of log r_t through the network (eq. 61), so that a
     known coordinate moves all others (as in Ho et al. 2022, Song et al. 2023), and multiplies only
     the last step by r. A step costs about 2.5 times a step without r.
 
-    Eq. 22 divides each product by Z(x_t) = int p(x_{t-1} | x_t) r_{t-1}(x_{t-1}) dx_{t-1} and takes
-    it for r_t(x_t). The factor that this ignores, Z(x_t) / r_t(x_t), is the weight of the step.
+    Eq. 22 divides each product by Z(x_t) = int p(x_{t-1} | x_t) r_{t-1}(x_{t-1}) dx_{t-1} as if
+    this were r_t(x_t). The factor that this ignores, Z(x_t) / r_t(x_t), is the weight of the step.
     With `particles` > 1 every sample is a set of chains with these weights, drawn anew where the
     weights become uneven, and one of them at the end. This is exact in the limit of many, if no r_t
     excludes what r allows (as constant and annealed do for a known value, which needs predicted).
@@ -1899,8 +1898,8 @@ class Posterior:
 
     def predicted(self, x, t):
         """p(x_{t-1} | x_t = x), log r_t(x) (n,), and the g (n, D) to tilt p by, for an integer
-        t >= 2. g is the gradient of log r_t through the network, in the mean of p_x0 alone: that
-        its variance depends on x_t too is ignored."""
+        t >= 2. g is the gradient of log r_t in x_t, through the mean of p_x0 and so through the
+        network."""
         model, xp, q = self.model, self.model.xp, self.model.diffusion
         t_x, z = xp.full(len(x), t), xp.zeros((*x.shape, q.outputs))
         log_r, g = xp.zeros(len(x)), xp.zeros(x.shape)
@@ -1943,9 +1942,8 @@ class Posterior:
             return model.p_back(x, t), self._log_r(x, t), None, True
         if t > 1:
             return *self.predicted(x, t), False
-        z = model.xp.zeros((*x.shape, q.outputs))  # the fixed first step knows of x_0 what pi
-        z[..., 1:] = 1                             # knows: v = 0 and u = 1, or log odds 0
-        log_r, _ = self.of_x0(q.p_x0(x, model.xp.full(len(x), 1), z))
+        z = model.xp.zeros((*x.shape, q.outputs))  # the fixed first step knows what pi knows
+        log_r, _ = self.of_x0(q.x0_for_r(x, model.xp.full(len(x), 1), z))
         return model.p_back(x, 1), log_r, None, True
 
     def _power(self, t):
@@ -2003,8 +2001,6 @@ class Posterior:
             x, log_p = self._draw(p, t - 1, g, multiply, rngs)
             log_p = log_p - log_r
             tick()
-        if 0 in keep:
-            past[0] = x
         if N > 1:
             rows = choose(log_p + self._log_r(x, 0), last=True)
             x, past = x[rows], {s: a[rows] for s, a in past.items()}
@@ -2062,7 +2058,7 @@ def save(model, path, adam=None, half=False):
 
 def build(diffusion, shape, network, sizes, predict="v", learned=False, **options):
     """A DPM of a diffusion, data of shape (H, W, C), a network by its name and its sizes (a dict of
-    arguments), and what it prints of numbers: v, eps or paper. learned: beta_t too. options are
+    arguments), and what it outputs for numbers: v, eps or paper. learned: beta_t too. options are
     DPM's. InputError for what does not go together."""
     H, W, C = shape
     if learned and (not isinstance(diffusion, Gaussian) or diffusion.discretised):

@@ -54,8 +54,8 @@ def arguments():
     g.add_argument("--number", metavar="N", type=int, help="how many samples, or test examples")
     g.add_argument("--seed", metavar="N", type=int, default=0,
                    help="sample k depends on this and on k alone (0)")
-    g.add_argument("--steps", metavar="S", type=int, help="make so many of the T steps (posteriors "
-                   f"of images: {DEFAULT_STEPS['images']}; free images: "
+    g.add_argument("--steps", metavar="S", type=int, help="use this many of the T steps "
+                   f"(posteriors of images: {DEFAULT_STEPS['images']}; free images: "
                    f"{DEFAULT_FREE_STEPS['images']}; else all)")
     g.add_argument("--eta", metavar="X", type=float,
                    help="noise of the steps: 1 the model's, 0 none, which is DDIM (1)")
@@ -70,7 +70,7 @@ def arguments():
                    help="--inpaint center: a hole of N x N pixels")
     g.add_argument("--input", metavar="FILE", nargs="+",
                    help="your own pictures, to complete, or noisy ones")
-    g.add_argument("--particles", metavar="N", type=int, help="weighed chains for each sample (1)")
+    g.add_argument("--particles", metavar="N", type=int, help="weighted chains for each sample (1)")
     g.add_argument("--r-schedule", metavar="NAME", choices=dpm.R_SCHEDULES,
                    help=f"r on the way, see dpm.Posterior: {', '.join(dpm.R_SCHEDULES)}")
     g = p.add_argument_group("how, and where to")

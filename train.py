@@ -99,7 +99,7 @@ def arguments():
     g.add_argument("--variance", metavar="NAME", choices=["learned", "beta", "posterior"],
                    help="f_sigma: learned, beta, posterior [learned]")
     g.add_argument("--predict", metavar="NAME", choices=["v", "eps"],
-                   help="what the network prints: v, eps [v]")
+                   help="what the network outputs: v, eps [v]")
     g.add_argument("--decoder", metavar="NAME", choices=["dequantised", "discretised"],
                    help="of bytes: dequantised, discretised [dequantised]")
     g.add_argument("--rate", metavar="X", type=float, help="of ones in pi, for bits [the data's]")
@@ -159,7 +159,7 @@ def check(args, chosen, dataset):
         (c["decoder"] == "discretised" and not dataset.bytes,
          f"--decoder discretised is for bytes; {name} has none"),
         (paper and c["predict"] == "eps",
-         "--network paper prints what eqs. 64 and 65 say: omit --predict"),
+         "--network paper outputs what eqs. 64 and 65 say: omit --predict"),
         (paper and c["objective"] in ("simple", "mean"),
          "--network paper can't weigh its mean alone: omit --objective"),
         (paper and c["variance"] != "learned",
@@ -261,8 +261,8 @@ def train(model, adam, dataset, out):
     check_finite(norm)
     save()
     stop = model.comm.sum(np.array([len(stopped)]))[0]  # no rank goes on before the checkpoint is
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
     if stop:
         if leads:
             print(f"stopped at step {adam.step}; go on with: python train.py --resume {out}")

@@ -53,7 +53,8 @@ def load(name_or_path, crop=None, resize=None, flips=False):
     with one_line(name_or_path):
         name, flips = str(name_or_path), bool(flips)
         if crop is not None and resize is not None:
-            raise InputError(f"{name}: pictures are either cropped or resized; give one of both")
+            raise InputError(f"{name}: pictures are either cropped or resized; give only "
+                             "one of the two")
         for size in (crop, resize):
             if size is not None and not 4 <= size <= 4096:
                 raise InputError(f"{name}: pictures of {size} x {size}; give a size of 4 to 4096")

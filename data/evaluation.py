@@ -17,7 +17,7 @@ import data
 from data import figures, runs
 
 LN2 = math.log(2)
-IMAGE_STEPS = 250  # of the T steps, for free samples of images: nobody sees a difference to all
+IMAGE_STEPS = 250  # of T, for free samples of images: nobody sees a difference from using all
 
 
 def evaluate(path, gpu, chains=(), parzen=False, comm=None):
@@ -62,7 +62,7 @@ def evaluate(path, gpu, chains=(), parzen=False, comm=None):
     if not dataset.binary:
         for variance in ("learned", "beta", "posterior"):
             other = dpm.Gaussian(q.alpha_bar, model.xp, **dict(q.config, variance=variance))
-            K = bound(model._with(other), some, f"bound, variance {variance}")["K"]
+            K = bound(model.with_diffusion(other), some, f"bound, variance {variance}")["K"]
             result[f"K_{variance}_bits"] = K / LN2
     if dataset.truth:
         truth, curves["the ideal kernel"] = beside_the_truth(model, dataset, x0, found, bound)
@@ -83,7 +83,7 @@ def evaluate(path, gpu, chains=(), parzen=False, comm=None):
         result |= parzen_estimate(model, dataset)
     result["evaluation_seconds"] = round(time.perf_counter() - started, 1)
     if leads:
-        alone = model._with(q)
+        alone = model.with_diffusion(q)
         alone.comm = dpm.Alone()  # the other ranks don't draw
         table = draw(alone, dataset, found, curves, (lower, upper), result, out)
         with dpm.written_whole(out / "result.json") as part:
@@ -129,13 +129,27 @@ def bits_per_dim(r, D, model):
 
 
 def sample_measure(model, dataset, steps=50, number=500):
-    """How far samples are from training images, and test images as many, see dpm.frechet."""
+    """How far samples are from training images, and test images as many, see frechet."""
     steps = min(steps, model.T)
     samples = model.sample(number, 1, steps, progress=runs.progress(f"{number} samples"))
     runs.finite(samples, "samples")
     train, test = dataset.draw(5000, dpm.generator(np, "frechet")), dataset.held_out(number)
-    return dict(frechet=dpm.frechet(train, samples), frechet_test=dpm.frechet(train, test),
+    return dict(frechet=frechet(train, samples), frechet_test=frechet(train, test),
                 frechet_steps=steps)
+
+
+def frechet(x, y, components=40):
+    """The Frechet distance |m_x - m_y|^2 + tr(C_x + C_y - 2 sqrt(C_x C_y)) of Gaussians fitted to
+    x and y (n, D), in the leading principal components of x. It needs no other network and is 0 for
+    equal means and covariances, which are all that it sees; few examples make it larger."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    mean = x.mean(0)
+    basis = np.linalg.eigh(np.cov(x.T))[1][:, -components:]
+    x, y = (x - mean) @ basis, (y - mean) @ basis
+    C_x, C_y = np.cov(x.T), np.cov(y.T)
+    roots = np.sqrt(np.maximum(np.linalg.eigvals(C_x @ C_y).real, 0)).sum()
+    gap = ((y.mean(0) - x.mean(0)) ** 2).sum()
+    return float(gap + np.trace(C_x) + np.trace(C_y) - 2 * roots)
 
 
 def parzen_estimate(model, dataset, number=10_000, valid=1000):

@@ -50,7 +50,7 @@ class Lines:
 
 
 def bar(iterable, desc, **options):
-    """A progress bar; in a file a line a minute. Of several ranks the first has one."""
+    """A progress bar; in a file, one line a minute. With several ranks only the first shows it."""
     if not sys.stderr.isatty():
         options |= dict(delay=60, mininterval=60, maxinterval=60, miniters=1, file=Lines(),
                         ncols=100)
