@@ -2554,7 +2554,7 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
     tampered(roll, tmp_path / "torn" / "checkpoint.npz", shares=0)
     tampered(roll, tmp_path / "flat" / "checkpoint.npz", m=theta[:, None])
     files = sorted(tmp_path.rglob("*"))
-    heartbeat = ("--dataset", "heartbeat")
+    heartbeat, bytes_of = ("--dataset", "heartbeat"), ("--dataset", "changed.npy")
     for says, *flags in [
             ("no data set or file ''", "--dataset", ""), ("no data set or file", "--dataset", "x"),
             ("folder without pictures", "--dataset", "folder"),
@@ -2578,6 +2578,7 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
             ("--steps must be", "--steps", 0), ("--steps must be", "--steps", 10 ** 400),
             ("one number of steps", "--steps", 3, 4), ("--batch-size must be", "--batch-size", -1),
             ("--batch-size must be", "--batch-size", 10 ** 11),
+            ("those of a U-Net", "--widths", 8), ("--widths must be", *bytes_of, "--widths", 8, 0),
             ("--timesteps must be", "--timesteps", 1), ("--timesteps", "--timesteps", 10 ** 11),
             ("--threads must be", "--threads", 0), ("--seed must not", "--seed", -1),
             ("--lr must be", "--lr", "nan"), ("--lr must be", "--lr", 0),
@@ -2596,6 +2597,7 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
             ("has changed", "--resume", "changed"), ("no such checkpoint", "--resume", "nowhere"),
             ("there is no run", "--resume"),
             ("was started with --lr", "--resume", digits, "--lr", 1),
+            ("was started with --widths", "--resume", digits, "--widths", 8),
             ("was started with --batch-size 8", "--resume", digits, "--batch-size", 16),
             ("was started with --objective", "--resume", digits, "--objective", "simple"),
             ("2 shares", "--resume", digits, "--threads", 3),
