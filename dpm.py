@@ -2033,7 +2033,7 @@ def pick(w, points):
 # A model, or a model and the state of its training, is one .npz file without pickles. It holds its
 # configuration, so that nothing has to be said again to sample from it or to go on with it.
 
-FORMAT = 4
+FORMAT = 5
 
 
 def save(model, path, adam=None, half=False):

@@ -35,7 +35,7 @@ DEFAULT_STEPS = dict(images=100, sequences=None, points=None)    # of posteriors
 DEFAULT_FREE_STEPS = DEFAULT_STEPS | dict(images=evaluation.IMAGE_STEPS)  # of free samples
 NUMBER = dict(images=64, sequences=40, points=2000)             # of free samples
 GIVEN = 8                       # how many test examples are completed or denoised
-PART = 4096                     # free samples are drawn and written so many at a time
+PART = 4096                     # free samples are drawn and written so many at a time, at most
 SHOWN = 1024                    # images or sequences in a picture, at most
 MOVED = dict(images=64, sequences=64, points=2000)              # in a GIF or a strip, at most
 SIGMA = 1e-6, 1e6               # of --denoise, at least and at most
@@ -133,16 +133,20 @@ def check_room(model, args, chains, path):
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     except (AttributeError, ValueError, OSError):   # Windows does not say
         have = 16
-    stored = min(chains, PART) * model.D * 24 if args.mode == "samples" else chains * model.D * 40
+    free, way = args.mode == "samples", 60 * args.gif + 10 * args.trajectory
+    stored = (min(chains, part_of(model.D)) * 32 if free else chains * 40) * model.D
     network = model.threads * max(6400, model.shape[0] * model.shape[1]) * PIXEL
     crowd = 100 * model.D * (args.particles or 1)
-    disk, path = chains * model.D * 8 / 1e9, path.absolute()
-    path = next(place for place in path.parents if place.is_dir())
-    for what, need, have in (("memory, and the machine", (stored + network + crowd) / 1e9, have),
-                             ("disk, which", disk, shutil.disk_usage(path).free / 1e9)):
+    crowd += way * min(chains, MOVED[figures.kind_of(model)]) * model.D * 8
+    path = next(place for place in path.absolute().parents if place.is_dir())
+    rooms = [("memory, and the machine", stored + network + crowd, have)]
+    if model.comm.rank == 0:                        # which writes
+        rooms.append(("disk, which", chains * model.D * 8, shutil.disk_usage(path).free / 1e9))
+    for what, need, have in rooms:
+        need = min(need, 10 ** 18) / 1e9
         if need > have:
-            raise dpm.InputError(f"this takes about {min(need, 1e9):.3g} GB of {what} has "
-                                 f"{have:.3g}: fewer samples or particles, or smaller pictures")
+            raise dpm.InputError(f"this takes about {need:.3g} GB of {what} has {have:.3g}: fewer "
+                                 "samples or particles, or smaller pictures")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -243,10 +247,15 @@ def sampler(model, args, r):
     return lambda n, **more: posterior.rows(slice(n)).sample(n, **options, **more)
 
 
-def parts_of(sample, number):
+def part_of(D):
+    """How many samples are drawn and written at a time: all that a picture shows, or more."""
+    return max(min(PART, 2 ** 26 // D), min(SHOWN, PART))
+
+
+def parts_of(sample, number, part):
     """Free samples (n, D), part by part, so that memory does not grow with their number."""
-    for first in range(0, number, PART):
-        yield sample(min(PART, number - first), first=first)
+    for first in range(0, number, part):
+        yield sample(min(part, number - first), first=first)
 
 
 def checked(samples):
@@ -256,7 +265,7 @@ def checked(samples):
 
 def on_the_way(sample, chains, args, kind, T):
     """{t: x_t} of the first of the samples, at the times of a GIF or a strip. Sample k is the same
-    however many there are: here the first ones are drawn again."""
+    however many there are."""
     if not args.gif and not args.trajectory:
         return {}
     times = figures.times(T, 60) * args.gif + figures.times(T, 10) * args.trajectory
@@ -271,7 +280,7 @@ def write_arrays(path, shape, parts, others):
             np.lib.format.write_array_header_1_0(
                 file, dict(descr="<f8", fortran_order=False, shape=shape))
             for x in parts:
-                file.write(np.ascontiguousarray(x, "<f8").tobytes())
+                file.write(memoryview(np.ascontiguousarray(x, "<f8")).cast("B"))
         for name, x in others.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, x)
@@ -357,7 +366,13 @@ def main():
     for path in paths.values() if model.comm.rank == 0 else ():
         runs.writable(path)                         # an error now, and not at the end
     sample = sampler(model, args, r)
-    parts = parts_of(sample, number) if free else iter([sample(number * draws)])
+    kept = on_the_way(sample, number * draws, args, kind, model.T)
+    if kept and number * draws <= MOVED[kind]:
+        parts = iter([kept[0].copy()])              # these are all of them
+    elif free:
+        parts = parts_of(sample, number, part_of(model.D))
+    else:
+        parts = iter([sample(number * draws)])
     first = checked(next(parts))                    # these are shown and measured
     sets["samples"] = first.reshape(-1, draws, model.D)
     if not free:
@@ -373,7 +388,6 @@ def main():
         arrays["nearest"] = model.raw(near)
         if args.mode == "inpaint":
             extra["the training image nearest to the first of them"] = near[:, None]
-    kept = on_the_way(sample, number * draws, args, kind, model.T)
     parts = itertools.chain([first], map(checked, parts))
     if model.comm.rank > 0:
         return list(map(len, parts))                # the first rank writes

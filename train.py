@@ -76,7 +76,7 @@ def arguments():
     g.add_argument("--batch-size", metavar="N", type=int,
                    help=f"examples in a step {show('batch_size')}")
     g.add_argument("--lr", metavar="X", type=float,
-                   help=f"peak learning rate of Adam {show('lr')}")
+                   help=f"peak learning rate, see dpm.Adam {show('lr')}")
     g.add_argument("--seed", metavar="N", type=int, help="of weights, batches and noise [0]")
     g.add_argument("--threads", metavar="N", type=int, help="of a process [its part of the cores]")
     g.add_argument("--dtype", metavar="TYPE", choices=["float32", "float64"],
@@ -116,6 +116,8 @@ def settings(args, dataset):
     chosen |= given | dict(steps=args.steps[0] if args.steps else chosen["steps"])
     if chosen["network"] is None:
         chosen["network"] = "mlp" if kind == "vector" else "unet"
+    if chosen["network"] == "unet" and chosen["widths"] is None:
+        chosen["widths"] = list(SIZES["unet"]["widths"])
     if chosen["schedule"] == "learned" and "objective" not in given:
         chosen["objective"] = "K"
     if chosen["network"] == "paper" and "predict" not in given:
@@ -166,8 +168,9 @@ def check(args, chosen, dataset):
          "--network paper has its own variance, eq. 64: omit --variance"),
         (c["widths"] and c["network"] != "unet",
          f"--widths are those of a U-Net, and the network is {c['network']}"),
-        (c["widths"] and not all(0 < width <= 4096 for width in c["widths"]),
-         f"--widths must be 1 to 4096, not {c['widths']}"),
+        (c["widths"] and not (len(c["widths"]) <= 10 and all(
+            type(width) is int and 0 < width <= 1024 for width in c["widths"])),
+         f"--widths must be at most ten numbers of 1 to 1024, not {str(c['widths']):.50}"),
         (c["network"] == "mlp" and dataset.shape[:2] != (1, 1),
          f"--network mlp is for vectors; {name} holds images"),
     ]

@@ -321,15 +321,14 @@ def comparison(results, path):
 def beside_each_other(evaluated, path):
     """A row for each run of images, pairs of its directory and its result.json: the first row of
     its samples, how it was trained, and what came of it."""
-    if not evaluated:
-        return
     figure, axes = _axes(len(evaluated), 1, (9, 1.1 * len(evaluated)))
     for axis, (out, r) in zip(axes[:, 0], evaluated):
         with Image.open(out / "samples.png") as sheet:
             axis.imshow(sheet.crop((0, 0, sheet.width, sheet.height // 8)), cmap="gray")
+        widths = "widths " + " ".join(map(str, r["widths"] or ()))
+        bits = f"{r.get('bits_per_dim', 0):.3f} bits/dim" * ("bits_per_dim" in r)
         how = [f"{r['objective']}, {r['schedule']}", f"variance {r['variance']}, {r['predict']}",
-               r["decoder"], f"{r.get('bits_per_dim', 0):.3f} bits/dim" * ("bits_per_dim" in r),
-               f"Frechet {r['frechet']:.1f}"]
+               widths, r["decoder"], bits, f"Frechet {r['frechet']:.1f}"]
         axis.set_ylabel("\n".join(line for line in how if line), rotation=0, ha="right",
                         va="center", fontsize="x-small")
         axis.set(xticks=[], yticks=[])
