@@ -1189,9 +1189,13 @@ def views(layers, flat):
     return found
 
 
+def number_of_weights(layers):
+    return sum(math.prod(shape) for layer in layers for shape in layer.shapes.values())
+
+
 def initial_weights(layers, xp, dtype, seed):
     """One flat array: matrices normal with variance gain^2 / inputs, all else zero."""
-    flat = np.zeros(sum(math.prod(s) for layer in layers for s in layer.shapes.values()), dtype)
+    flat = np.zeros(number_of_weights(layers), dtype)
     rng = generator(np, "weights", seed)
     for layer, weights in views(layers, flat).items():
         for w in weights.values():
@@ -1205,7 +1209,7 @@ def relative_rates(layers, xp, dtype):
     matrices (288 are the inputs of a 3 x 3 convolution of 32 channels). Adam moves all weights by
     about the same, and in the product with x as many moves add up as there are inputs (Yang & Hu
     2021)."""
-    flat = np.ones(sum(math.prod(s) for layer in layers for s in layer.shapes.values()), dtype)
+    flat = np.ones(number_of_weights(layers), dtype)
     for weights in views(layers, flat).values():
         for w in weights.values():
             if w.ndim == 2:

@@ -368,7 +368,7 @@ def main():
     sample = sampler(model, args, r)
     kept = on_the_way(sample, number * draws, args, kind, model.T)
     if kept and number * draws <= MOVED[kind]:
-        parts = iter([kept[0].copy()])              # these are all of them
+        parts = iter([kept[0]])                     # these are all of them
     elif free:
         parts = parts_of(sample, number, part_of(model.D))
     else:
