@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 import warnings
+import zipfile
 
 import numpy as np
 from tqdm import tqdm
@@ -140,6 +141,19 @@ def writable(path):
     with contextlib.suppress(LookupError), dpm.written_whole(path) as part:
         part.write_bytes(bytes(1 << 20))
         raise LookupError("enough: nothing is put in its place")
+
+
+def write_arrays(path, shape, parts, others):
+    """An .npz with `samples` of this shape, which come in parts, and the other arrays."""
+    with dpm.written_whole(path) as part, zipfile.ZipFile(part, "w") as archive:
+        with archive.open("samples.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(
+                file, dict(descr="<f8", fortran_order=False, shape=shape))
+            for x in parts:
+                file.write(memoryview(np.ascontiguousarray(x, "<f8")).cast("B"))
+        for name, x in others.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, x)
 
 
 @contextlib.contextmanager
