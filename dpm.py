@@ -457,8 +457,8 @@ class Gaussian(Diffusion):
         special = importlib.import_module("scipy.special" if xp is np else "cupyx.scipy.special")
         sin, sigma = self.sin[1], xp.sqrt(p.variance)
         a, b = (x0 - self.half - p.mean) / sigma, (x0 + self.half - p.mean) / sigma
-        a = xp.where(x0 < self.ends[0] + self.half, -1e6, a)
-        b = xp.where(x0 > self.ends[1] - self.half, 1e6, b)
+        a = xp.where(x0 < self.ends[0] + self.half, -1e30, a)
+        b = xp.where(x0 > self.ends[1] - self.half, 1e30, b)
         flip = a + b > 0                         # the left tail of log Phi has all its digits
         low, high = xp.where(flip, -b, a), xp.where(flip, -a, b)
         log_high = special.log_ndtr(high)

@@ -210,6 +210,7 @@ def test_schedule(kind, T):
     elif kind == "logsnr":
         close(np.diff(np.log((1 - a[1:]) / a[1:]), 2), 0, atol=1e-8)
         assert a[-1] == approx(1 / (1 + math.exp(10)))
+        close(gaussian(T, 1e-8).level[1:], np.linspace(math.log(1e-8), 10, T), rtol=1e-6)
     elif kind == "cosine":
         angle = 0.99 * np.pi / 2 * (np.arange(1, T + 1) - 1) / (T - 1)
         close(np.arccos(a[1:] / (1 - 1e-4)), angle, atol=1e-9)
@@ -217,6 +218,10 @@ def test_schedule(kind, T):
         beta = 1 - a[1:] / a[:-1]
         assert beta[-1] == approx(min(20 / T, 0.999)) and (a[-1] < 1e-3 or T == 2)
         assert T == 10 or abs(np.diff(beta, 2)).max(initial=0) < 1e-12  # a line, where uncut
+    for says, *wrong in [("a schedule needs", kind, 1, 0.1), ("a schedule needs", kind, T, 0.0),
+                         ("a schedule needs", kind, T, 1.0), ("no schedule", "x", T, 0.1)]:
+        with refused(says):
+            dpm.schedule(*wrong)
 
 
 @pytest.mark.parametrize("kind", ["logsnr", "paper", "linear"])
@@ -257,6 +262,7 @@ def test_normal():
     close(product.mean, [[1, 2, 0.3]])  # known; nearly known; unknown
     close(product.variance, [0, 0, 0.5])
     assert log_Z == approx(sum(-(y - 0.3) ** 2 - 0.5 * math.log(0.5) for y in (1, 2)))
+    close(p.entropy(), 1.5 * math.log(math.pi * math.e))  # one variance for three coordinates
     close(p.draw(np.array([[1, -2, 0.0]])), 0.3 + math.sqrt(0.5) * np.array([[1, -2, 0]]))
     few = dpm.Normal(np, rng(1).random((4, 2)), rng(2).random((4, 1))).take(np.array([2, 2, 0]))
     assert (few.mean == rng(1).random((4, 2))[[2, 2, 0]]).all()
@@ -598,12 +604,10 @@ def hold_to_quotients(network, shape):
 def test_layers(name, shape):
     """What the docstring says, and its backward."""
     make, formula = LAYERS[name]
-    rates = np.exp(np.linspace(0, 5, 32)) / 40
-    time = dpm.Waves(rates), dpm.Dense(64, 3), dpm.Rectifier()
-    network = dpm.Network(make(*shape[:2]), dpm.LogOdds(), *time)
+    network = dpm.Network(make(*shape[:2]), dpm.LogOdds(), *dpm.time_layers(3)[:3])
     x, e, level, y, (of_time, *weights) = hold_to_quotients(network, shape)
     close(y, formula(x, e, level, *weights))
-    z = level[:, None] * rates
+    z = level[:, None] * np.exp(np.linspace(0, 5, 32)) / 40
     close(e, rectified(dense(side([np.sin(z), np.cos(z)]), of_time)))
 
 
@@ -632,6 +636,7 @@ def test_readouts():
     p = said(dpm.Velocity(), q.velocity(x0, xt, t), log_u)
     close(p.mean, q.q_back(x0, xt, t).mean)
     close(p.variance, q.beta_tilde[t][:, None] * (1 + q.c[t][:, None] * np.exp(log_u)))
+    assert np.isfinite(said(dpm.Velocity(), eps, 1e4 * log_u).variance).all()
     same = said(dpm.Epsilon(), eps, log_u)
     close(same.mean, p.mean)
     close(same.variance, p.variance)
@@ -656,6 +661,27 @@ def test_unet_is_the_same_everywhere():
     assert (z != model.forward(x.reshape(3, -1), t + 1).reshape(z.shape)).all()
     with refused("4 x 5 pixels only"):
         small_model(shape=(5, 4, 2), network="paper").resized(40, 40)
+
+
+@pytest.mark.parametrize("q, options, says", [
+    (gaussian(**BYTES), dict(learned=True), "fixed first step"),
+    (binomial(), dict(learned=True), "for numbers"),
+    (gaussian(kind="paper"), dict(predict="eps"), "predict v"),
+    (gaussian(variance="beta"), dict(predict="paper"), "eq. 64"),
+    (gaussian(**BYTES), dict(predict="paper"), "no decoder")])
+def test_what_does_not_go_together(q, options, says):
+    with refused(says):
+        small_model(q, **options)
+
+
+def test_what_networks_are_told():
+    """sin and cos of 2^k pi x; and the bumps of the paper's network span the levels of its q."""
+    told, channels = dpm.features(2, (0, 2), (0.5,))
+    assert told.layers[1].rates == [math.pi, 4 * math.pi] and channels == 2 * (1 + 4 + 2)
+    model = small_model(network="paper")
+    bumps, level = model.network.body.layers[-1], model.diffusion.level
+    close(bumps.centres[[0, -1]], level[[1, -1]])
+    close(2 * bumps.width, np.diff(bumps.centres))
 
 
 def test_products_are_counted():
@@ -753,6 +779,9 @@ def test_focused_weighs_what_decides_the_picture():
     scale = weight[2:] / share[2:] * (q.alpha_bar[2:] + 1e-3)
     close(scale, scale[0])
     assert (weight[2:] * q.c[2:]).sum() == approx(q.c[2:].sum())
+    assert dpm.objective("focused", binomial())[1].sum() == approx(11)  # as K's, in the mean
+    with refused("no objective 'simple' here"):
+        dpm.objective("simple", binomial())
     for q, first in (q, 0), (gaussian(20, **BYTES), 0.05 * 19):
         share, weight, error = dpm.objective("K", q)
         assert error is None and (share[2:] == 1).all() and (weight[2:] == 1).all()
@@ -848,6 +877,9 @@ def test_stratified_estimate_is_the_sum_over_all_t(kind):
                       [model.bound(x0, rng(18, i), draws=2)["kl"].sum() for i in range(20)]):
         tolerance = 4 * math.hypot(se(estimates), se(exact))
         assert abs(np.mean(estimates) - np.mean(exact)) < tolerance < np.mean(exact) / 11 / 1.5
+    for alone in ([model.gradient(x0[:1], 19, i, tables=tables)[0][0] for i in range(30)],
+                  [model.bound(x0[:1], rng(19, i), draws=1)["kl"].argmax() for i in range(30)]):
+        assert min(alone) < 5 and max(alone) > 9  # the t of a single example is any of 2..12
 
 
 # The bound
@@ -921,10 +953,16 @@ def test_parts_sum_to_K(q):
         assert found["K"] == approx(K, rel=1e-12)
         assert found["K"] == approx(found["K_each"].mean(), rel=1e-12)
         assert found["K_se"] == approx(found["K_each"].std(ddof=1) / math.sqrt(40))
+        over = found["K_each"] - q.log_null(x0)
+        assert found["K_minus_L_null"] == approx(over.mean())
+        assert found["K_minus_L_null_se"] == approx(over.std(ddof=1) / math.sqrt(40))
         assert (found["kl"] > 0).sum() == 8 + q.discretised
         assert (np.isfinite(found["entropy"]) == (np.arange(10) > 1)).all()
         seen = np.isfinite(found["distortion"])
         assert seen[2:].all() and seen[1] == q.discretised
+    one, many, every = (model.bound(x0, rng(14), draws) for draws in (1, 99, None))
+    assert many["K"] == every["K"]                               # 8 draws are all there are
+    assert one["kl"][1] == approx(every["kl"][1], rel=0.5)       # and L_0 needs none of them
 
 
 def test_bound_does_not_depend_on_the_order_of_the_examples():
@@ -936,6 +974,14 @@ def test_bound_does_not_depend_on_the_order_of_the_examples():
     assert np.mean(up) == approx(np.mean(down), abs=error)
     each = model.bound(x0, rng(34))
     assert np.mean(up) == approx(each["K"], abs=error + each["K_se"])
+
+
+def test_every_example_has_noise_of_its_own():
+    """Whatever block of the bound, share of the gradient, or step of the training it is in."""
+    model, x0 = small_model(gaussian(2)), np.ones((6, 3))  # t is 2 for all
+    found = [model.bound(x0, rng(35), batch=2)["K_each"]]
+    found += [model.gradient(x0, 1, step)[1] for step in (0, 1)]
+    assert len(np.unique(np.concatenate(found))) == 18
 
 
 def exact_parts(model, states, p0, forward):
@@ -1043,7 +1089,9 @@ def test_a_decoder_of_few_grey_levels():
     decoded = np.array([-q.decode(np.full_like(x, l), x, z)[0] for l in levels])
     close(np.exp(decoded).sum(0), 1)
     far = q.decode(levels[:, None], np.array([[60.0], [-60], [60], [-60]]), np.ones((4, 1, 2)))
-    assert np.isfinite(far[0]).all() and np.isfinite(far[1]).all()
+    sure = q.decode(levels[:, None], np.array([[60.0], [-60], [60], [-60]]),
+                    np.full((4, 1, 2), [1.0, 0.0]))
+    assert all(np.isfinite(a).all() for a in (*far, *sure))
 
     def density(p):  # of every x, (rows of p, x)
         p = dpm.Normal(np, p.mean[:, :, None], np.broadcast_to(p.variance, p.mean.shape)[..., None])
@@ -1106,6 +1154,7 @@ def test_sample_k_is_the_same_in_any_batch():
     x = model.sample(7, seed=3)
     close(model.sample(3, seed=3), x[:3])
     close(model.sample(7, seed=3, batch=2), x)
+    close(model.sample(3, seed=3, first=4), x[4:])
     close(single.sample(7, seed=3, batch=2), single.sample(7, seed=3), rtol=1e-3)
     assert abs(model.sample(7, seed=4) - x).min() > 1e-6 and len(np.unique(x.round(6))) == 21
     close(model.raw(x), 2 * x + 0.5)
@@ -1128,6 +1177,7 @@ def test_a_shortened_chain_is_a_diffusion(make, options):
                     threads=2)
     assert short.T == 5 and short.bound(x0, rng(85))["K"] == other.bound(x0, rng(85))["K"]
     assert (model.sample(4, steps=5) == other.sample(4)).all()
+    close(model.sample(2, steps=5, first=2), other.sample(4)[2:])
     assert (model.sample(4, steps=40) == model.sample(4)).all() and model.T == 40
     for S in (1, 41):
         with refused("2..40 steps"):
@@ -1152,10 +1202,15 @@ def test_steps_with_less_noise():
     model = dpm.DPM(gaussian(400, 1e-4), gaussian_model().network, (1, 1, 1))  # variance 4
     x, kept = model.sample(5, eta=0.0, keep=(400,))
     close(x, 2 * kept[400], rtol=0.02)
-    with refused("eta lies"):
-        model.sample(2, eta=1.5)
+    last, less = model.p_back(x, 1), model.p_back(x, 1, 0.4)  # the fixed step too
+    close(less.mean, last.mean)
+    close(less.variance, 0.16 * last.variance)
+    assert (model.sample(3, steps=9, eta=0.5) == model.shortened(9).sample(3, eta=0.5)).all()
+    for eta in (-0.5, 1.5):
+        with refused("eta lies"):
+            model.sample(2, eta=eta)
     with refused("bits has no path"):
-        bits()[0].sample(2, eta=0.0)
+        bits()[0].sample(2, eta=0.5)
 
 
 class Rank:
@@ -1273,6 +1328,7 @@ def test_learned_schedule(T):
     logit; smooth in t."""
     schedule = dpm.LearnedSchedule(T, 1e-8)
     size, = schedule.shapes["psi"]
+    assert size == min(T - 1, 40) + 1
     a = schedule.forward(np.zeros(size))
     close(np.log(1 / a[1:] - 1), np.linspace(np.log(1e-8 / (1 - 1e-8)), 6, T), rtol=1e-7)
     for spread in (1, 100, 1e30):
@@ -1323,6 +1379,7 @@ def test_observation():
         bit = o.log_r(b, np.array([[0, 1, 0], [1, 1, 1.0]]), power)
         close(np.diff(bit), power * (0.7 ** 2 - 0.3 ** 2) / 2 / 0.64)
     assert o.log_r(b, np.array([[0, 0, 0.0]])) == -np.inf and (o.factors(q, 0.0)[1] == np.inf).all()
+    assert (o.log_r(b, 0 * x, 0.0) == 0).all()  # r^0 rules nothing out
     for schedule, power in (("annealed", 0.75), ("constant", 1)):  # r^((T - t) / T), T = 12
         close(dpm.Posterior(small_model(), o, schedule)._log_r(x, 3), power * expected)
 
@@ -1344,7 +1401,8 @@ def test_r_of_what_a_network_predicts(q, network, shape, predict, monkeypatch):
     model.slices = lambda n: [slice(i, min(i + 2, n)) for i in range(0, n, 2)]
     (x, y), sigma = rng(69).random((2, 5, model.D)), np.resize([0.0, 0.4, np.inf], model.D)
     x, y = (np.round(x), np.round(y)) if bit else (4 * x - 2, 4 * y - 2)
-    posterior = dpm.Posterior(model, [dpm.Observation(y, sigma), CURVE])
+    halves = (np.where(np.arange(model.D) % 2 == i, sigma, np.inf) for i in (0, 1))
+    posterior = dpm.Posterior(model, [*(dpm.Observation(y, s) for s in halves), CURVE])
     monkeypatch.setattr(q, "guided", lambda p, t, g: g)
     with np.errstate(divide="ignore", invalid="ignore"):
         r = [np.where(sigma == 0, y == b, np.exp(-0.5 * (b - y) ** 2 / sigma ** 2)) for b in (0, 1)]
@@ -1399,7 +1457,7 @@ def test_guidance_is_the_posterior_mean():
 def test_posterior_samples():
     """Inpainting keeps the known exactly and changes the rest; a vanishing noise is the same as
     knowing; an observation for each sample; fewer steps; belief gives way to what is known."""
-    model, y = gaussian_model(1.0, D=2), np.array([1.5, 0.0])
+    model, y = gaussian_model(1.0, D=2), np.array([1.5, np.nan])  # nan: sigma says it is free
 
     def draw(sigma, number=200, y=y, model=model, **options):
         r = dpm.Observation(y, [sigma, np.inf])
@@ -1412,6 +1470,9 @@ def test_posterior_samples():
     close(draw(0, 4, np.repeat(y[None], 4, 0), batch=3), clamped[:4])
     short = draw(0, 4, model=model.shortened(9))
     assert (draw(0, 4, steps=9) == short).all() and (short[:, 0] == 1.5).all()
+    model, r = small_model(), dpm.Observation([1.0, 0, 0], [0, 1, np.inf])
+    x_T, of_r = (m.sample(3, keep=(12,))[1][12] for m in (model, dpm.Posterior(model, r)))
+    close(of_r, x_T)  # a predicted r leaves pi alone
     model = bits(rate=0.4)[0]
     model.network.z[...] = [60.0, 0, 0]
     r = dpm.Observation([0.0, 0, 0], [0, np.inf, np.inf])
@@ -1427,7 +1488,8 @@ def test_denoising_follows_its_recursion(schedule):
     the mean by f_sigma times the slope (eq. 61)."""
     model, y, s2, one = gaussian_model(D=20), 1.5, 4.0, np.ones((1, 20))
     function = dpm.Function(lambda x: -0.5 * ((x - y) ** 2).sum(1) / s2, lambda x: (y - x) / s2)
-    for r in (dpm.Observation(np.full(20, y), 2.0), function):
+    twice = [dpm.Observation(np.full(20, y), math.sqrt(2 * s2))] * 2
+    for r in (twice, function):
         mean, variance = 0.0, 0.0
         for t in range(50, -1, -1):  # x_t from p(x_t | x_{t+1}), at T from pi
             p = model.p_back(one, t + 1) if t < 50 else model.diffusion.pi((1, 20))
@@ -1656,7 +1718,8 @@ def test_particles_are_exact(schedule, kind):
     steps, alpha_bar_T = 0.13. White data has exact kernels; under the Gaussian r its posterior is
     N(2 / 2.44, 1.44 / 2.44)."""
     model = exact_model(dpm.Gaussian(np.array([1, 0.95, 0.6, 0.13])), correlated(np.eye(1)), 1)
-    r = dpm.Observation([2.0], [1.2]) if kind == "Observation" else dpm.Function(
+    two = [dpm.Observation([y], 1.2 * math.sqrt(2)) for y in (1.0, 3.0)]  # their product is one
+    r = two if kind == "Observation" else dpm.Function(
         lambda x: -0.5 * (x[:, 0] - 2) ** 2 / 1.44, lambda x: (2 - x) / 1.44)
     x, kept = dpm.Posterior(model, r, schedule, 100).sample(1500, 7, batch=150_000, keep=(1,))
     v = 1.44 / 2.44
