@@ -1922,7 +1922,7 @@ class Posterior:
 
     def sample(self, number, seed=0, steps=None, batch=64, keep=(), progress=iter):
         """Samples (number, D); the arguments are those of DPM.sample. The y of an Observation is
-        (D,) or (number, D); else InputError."""
+        (D,) or (number, D), and no two know the same coordinate; else InputError."""
         if steps:
             short = copy.copy(self)
             short.model = self.model.shortened(steps)
@@ -1931,6 +1931,11 @@ class Posterior:
             if o.y.shape not in ((self.model.D,), (number, self.model.D)):
                 raise InputError(f"an observation of shape {o.y.shape} does not fit {number} "
                                  f"samples of {self.model.D} dimensions")
+        times_known = self.model.xp.zeros(self.model.D, int)
+        for o in self.observations:
+            times_known = times_known + (o.sigma == 0)
+        if bool((times_known > 1).any()):
+            raise InputError("two observations know the same coordinate: leave it to one of them")
 
         def draw_batch(rngs, rows, tick):
             return self.rows(rows, self.particles)._draw_batch(rngs, tick, keep)

@@ -1516,6 +1516,7 @@ def test_bad_observations(y, sigma, says):
 
 @pytest.mark.parametrize("r, options, says", [
     ("ink", {}, "r must be"), ([], {}, "r must be"), ([CURVE, "ink"], {}, "r must be"),
+    ([dpm.Observation([1.0, 0], [0, np.inf])] * 2, {}, "two observations know"),
     (CURVE, dict(particles=0), "1 particle"), (CURVE, dict(schedule="linear"), "no r-schedule"),
     (dpm.Function(lambda x: x, lambda x: x), dict(particles=2), "log_r of your r returns"),
     (dpm.Function(lambda x: x[:, 0], lambda x: 1.0), {}, "returns float"),
