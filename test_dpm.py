@@ -1256,8 +1256,9 @@ def test_frechet():
     cross = np.sqrt(np.linalg.eigvalsh(root @ C_y @ root)).sum()
     gap = ((y.mean(0) - x.mean(0))[:3] ** 2).sum()
     expected = gap + np.trace(C_x) + np.trace(C_y) - 2 * cross
-    assert evaluation.frechet(x, y, 3) == approx(expected, rel=1e-3)
-    assert evaluation.frechet(x, x[::-1]) == approx(0, abs=1e-9)
+    leading = evaluation.in_components(x, y, components=3)
+    assert evaluation.frechet(*leading) == approx(expected, rel=1e-3)
+    assert evaluation.frechet(*evaluation.in_components(x, x[::-1])) == approx(0, abs=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -136,18 +136,22 @@ def sample_measure(model, dataset, steps=50, number=500):
     samples = model.sample(len(test), 1, steps, progress=runs.progress(f"{len(test)} samples"))
     runs.finite(samples, "samples")
     train = dataset.draw(5000, dpm.generator(np, "frechet"))
+    train, samples, test = in_components(train, samples, test)
     return dict(frechet=frechet(train, samples), frechet_test=frechet(train, test),
                 frechet_steps=steps)
 
 
-def frechet(x, y, components=40):
-    """The Frechet distance |m_x - m_y|^2 + tr(C_x + C_y - 2 sqrt(C_x C_y)) of Gaussians fitted to
-    x and y (n, D), in the leading principal components of x. It needs no other network and is 0 for
-    equal means and covariances, which are all that it sees; few examples make it larger."""
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    mean = x.mean(0)
+def in_components(x, *others, components=40):
+    """x and others (n, D) in the leading principal components of x, (n, components) each."""
+    x, mean = np.asarray(x, np.float64), np.mean(x, 0, np.float64)
     basis = np.linalg.eigh(np.cov(x.T))[1][:, -components:]
-    x, y = (x - mean) @ basis, (y - mean) @ basis
+    return [(np.asarray(a, np.float64) - mean) @ basis for a in (x, *others)]
+
+
+def frechet(x, y):
+    """The Frechet distance |m_x - m_y|^2 + tr(C_x + C_y - 2 sqrt(C_x C_y)) of Gaussians fitted to
+    x and y (n, D). It needs no other network and is 0 for equal means and covariances, which are
+    all that it sees; few examples make it larger."""
     C_x, C_y = np.cov(x.T), np.cov(y.T)
     roots = np.sqrt(np.maximum(np.linalg.eigvals(C_x @ C_y).real, 0)).sum()
     gap = ((y.mean(0) - x.mean(0)) ** 2).sum()
