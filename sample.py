@@ -212,12 +212,14 @@ def main():
         number = len(truth)
     draws, paths = 1 if free else observations.draws_of(model), files(args)
     check_room(model, args, number * draws, paths[".npz"])
+    if not free and not args.input:
+        truth = observations.test_examples(dataset, args)
+        number = len(truth)                         # there may be fewer than the default
     say(f"{checkpoint} on {runs.device_name(model.xp)}: {number} "
         f"{kind if number > 1 else kind[:-1]} of {data.printable(model.about['dataset'])}, "
         f"{model.T} of T = {T} steps", flush=True)
     r, unknown, sets, extra, arrays = None, None, {}, {}, {}
     if not free:
-        truth = truth if args.input else observations.test_examples(dataset, args)
         given, unknown, r = observations.observed(model, args, truth, draws)
         noisy = args.input and args.mode == "denoise"
         sets = ({} if noisy else {"truth": truth[:, None]}) | {"given": given[:, None]}

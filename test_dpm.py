@@ -2528,6 +2528,10 @@ def test_completions_and_denoised(place, tmp_path):
     for run in ("roll", "heartbeat"):
         a = drawn(place, "--inpaint", "right", "--number", 2, run=run)
         assert (a.samples[..., ~a.unknown] == a.truth[:, None, ~a.unknown]).all()
+    np.save(place.path / "few.npy", small_digits()[:30])  # 3 to test with, fewer than are usual
+    done("train", "--dataset", "few.npy", "--steps", 1, *TINY, "--no-evaluate", "--out", "runs/few",
+         cwd=place.path)
+    assert drawn(place, "--inpaint", run="few").truth.shape == (3, 64)
 
 
 @scripts
