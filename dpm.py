@@ -15,7 +15,7 @@ a step forgets bits instead. The log likelihood of the model has a lower bound K
 and of KL divergences, each in closed form (eq. 14). K is what is trained and what is reported.
 
     1  the diffusions           schedule, Normal, Bernoulli, Gaussian, Binomial
-    2  the network language     Tape, layers, readouts, the networks mlp, unet, paper, Adam
+    2  the network language     Tape, layers, readouts, the networks mlp, unet, paper, Optimiser
     3  the model                DPM: the bound K, its gradient, objectives, samples
     4  more theory              entropy bounds, Jarzynski's estimate, the learned schedule
     5  posteriors               p(x_0) r(x_0) for any r, particles
@@ -1204,60 +1204,89 @@ def initial_weights(layers, xp, dtype, seed):
     return xp.asarray(flat)
 
 
-def relative_rates(layers, xp, dtype):
-    """One flat array: the factor on the learning rate of each weight, min(1, 288 / inputs) for
-    matrices (288 are the inputs of a 3 x 3 convolution of 32 channels). Adam moves all weights by
-    about the same, and in the product with x as many moves add up as there are inputs (Yang & Hu
-    2021)."""
-    flat = np.ones(number_of_weights(layers), dtype)
-    for weights in views(layers, flat).values():
-        for w in weights.values():
-            if w.ndim == 2:
-                w[:] = min(1, 288 / len(w))
-    return xp.asarray(flat)
+def orthogonal(m, xp=np):
+    """U V' of a matrix m = U S V', nearly: five steps of Newton and Schulz bring its singular
+    values to 0.7..1.2, but for tiny ones, and need only products (Jordan et al. 2024):
+
+        m <- m / |m|, and five times m <- m P, P = 3.4445 - 4.7750 A + 2.0315 A^2, A = m'm
+    """
+    if len(m) < m.shape[1]:
+        return orthogonal(m.T, xp).T
+    m = m / (xp.sqrt((m * m).sum()) + 1e-30)
+    A, one = m.T @ m, xp.eye(m.shape[1], dtype=m.dtype)
+    product = one
+    for _ in range(5):  # on the small A alone: m, with its many rows, is multiplied once
+        P = 3.4445 * one - 4.7750 * A + 2.0315 * (A @ A)
+        product, A = product @ P, P @ A @ P
+    return m @ product
 
 
-class Adam:
-    """Adam (Kingma & Ba 2014), with clipping, warm-up, decay to zero and averaged weights:
+class Optimiser:
+    """Muon (Jordan et al. 2024) for matrices, Adam (Kingma & Ba 2014) for the other weights, with
+    clipping, warm-up, decay to zero and averaged weights:
 
-        m += (1 - b1) (g - m)     v += (1 - b2) (g^2 - v)     theta -= rate m^ / (sqrt(v^) + 1e-8)
+        m += (1 - b1) (g - m)        v += (1 - b2) (g^2 - v)        n = m + (1 - b1) (g - m)
+        theta -= rate 0.2 sqrt(longer side) orthogonal(n)        for a matrix
+        theta -= rate n^ / (sqrt(v^) + 1e-8)                     for another weight
 
-    g is the gradient, shortened to norm `clip` where it is longer. rate climbs to lr over `warmup`
-    steps, and falls to 0 along half a cosine over the second half of `steps`; it is multiplied by
-    `relative`, see relative_rates. average is the mean of theta over about the last tenth of the
-    steps, at most 1000. theta is updated in place."""
+    g is the gradient, shortened to norm `clip` where it is longer; n is Nesterov's momentum. A
+    matrix is one with at least 16 rows and columns; the factor makes its entries move about as far
+    as Adam would move them. rate climbs to lr over `warmup` steps, and falls to 0 along half a
+    cosine over the second half of `steps`. average is the mean of theta over about the last tenth
+    of the steps, at most 1000. theta is updated in place.
 
-    b1, b2, clip, chunk = 0.9, 0.99, 1.0, 1 << 15
+    A step is `momentum`, `turn` of every matrix, in any order, and `move`: see DPM.step."""
 
-    def __init__(self, theta, relative, xp=np, lr=1e-3, steps=1000, warmup=200):
-        self.theta, self.relative, self.xp = theta, relative, xp
+    b1, b2, clip = 0.95, 0.99, 1.0
+
+    def __init__(self, layers, theta, xp=np, lr=1e-3, steps=1000, warmup=200):
+        self.theta, self.average, self.xp, self.step = theta, theta.copy(), xp, 0
         self.lr, self.steps, self.warmup = lr, steps, warmup
-        self.m, self.v = xp.zeros_like(theta), xp.zeros_like(theta)
-        self.average, self.step = theta.copy(), 0
+        self.m, self.v, self.n, self.turned = (xp.zeros_like(theta) for _ in range(4))
+        self.by_adam, self.matrices = xp.ones(theta.shape, bool), []
+        n, turned, by_adam = (views(layers, a) for a in (self.n, self.turned, self.by_adam))
+        for layer in layers:
+            for name, shape in layer.shapes.items():
+                if len(shape) == 2 and min(shape) >= 16:
+                    self.matrices.append((n[layer][name], turned[layer][name]))
+                    by_adam[layer][name][...] = False
 
     def rate(self):
         """The learning rate of the step now being made."""
         late = min(1, 2 * max(0.0, self.step / self.steps - 0.5))
         return self.lr * min(1, self.step / self.warmup) * 0.5 * (1 + math.cos(math.pi * late))
 
-    def update(self, grad):
-        """One step; returns the norm of the gradient."""
-        xp = self.xp
+    def chunks(self, *arrays):
+        """The arrays cut into parts that fit the cache; whole on a GPU."""
+        size = 1 << 15 if self.xp is np else len(self.theta)
+        return ([a[i:i + size] for a in arrays] for i in range(0, len(self.theta), size))
+
+    def momentum(self, grad):
+        """Begins a step; returns the norm of the gradient."""
         self.step += 1
-        norm = xp.sqrt(grad @ grad)
-        shorten = xp.minimum(self.clip / (norm + 1e-30), 1).astype(grad.dtype)
-        rate = self.rate() / (1 - self.b1 ** self.step)
-        scale, follow = 1 / (1 - self.b2 ** self.step), max(1e-3, 1 / (10 + self.step / 10))
-        chunk = self.chunk if xp is np else grad.size
-        for i in range(0, grad.size, chunk):
-            g, m, v, theta, average, relative = (a[i:i + chunk] for a in (
-                grad, self.m, self.v, self.theta, self.average, self.relative))
+        norm = self.xp.sqrt(grad @ grad)
+        shorten = self.xp.minimum(self.clip / (norm + 1e-30), 1).astype(grad.dtype)
+        for g, m, v, n in self.chunks(grad, self.m, self.v, self.n):
             g = g * shorten
             m += (1 - self.b1) * (g - m)
             v += (1 - self.b2) * (g * g - v)
-            theta -= rate * relative * m / (xp.sqrt(scale * v) + 1e-8)
-            average += follow * (theta - average)
+            n[...] = m + (1 - self.b1) * (g - m)
         return norm
+
+    def turn(self, i):
+        """Makes the move of matrix i."""
+        n, turned = self.matrices[i]
+        turned[...] = 0.2 * math.sqrt(max(n.shape)) * orthogonal(n, self.xp)
+
+    def move(self, turned):
+        """Ends a step. turned: the moves of all matrices, as turn makes them."""
+        unbias, scale = 1 / (1 - self.b1 ** (self.step + 1)), 1 / (1 - self.b2 ** self.step)
+        rate, follow = self.rate(), max(1e-3, 1 / (10 + self.step / 10))
+        for theta, average, n, v, by_adam, direction in self.chunks(
+                self.theta, self.average, self.n, self.v, self.by_adam, turned):
+            adam = unbias * n / (self.xp.sqrt(scale * v) + 1e-8)
+            theta -= rate * self.xp.where(by_adam, adam, direction)
+            average += follow * (theta - average)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1579,14 +1608,20 @@ class DPM:
         self.grad, loss = self.comm.sum(self.grads[0]), self.comm.sum(loss)
         return t, loss / chance
 
-    def adam(self, **options):
-        """An Adam for the weights; options are Adam's."""
-        relative = relative_rates(self.layers, self.xp, self.dtype)
-        return Adam(self.theta, relative, self.xp, **options)
+    def optimiser(self, **options):
+        """An Optimiser of the weights; options are Optimiser's."""
+        return Optimiser(self.layers, self.theta, self.xp, **options)
 
-    def step(self, adam):
-        """One step of Adam along self.grad; returns its norm."""
-        norm = adam.update(self.grad)
+    def step(self, optimiser):
+        """One step along self.grad; returns its norm. Shares take the matrices in turn."""
+        norm, number = optimiser.momentum(self.grad), len(optimiser.matrices)
+
+        def work(tape, share, pieces):
+            for i in range(number)[share]:
+                optimiser.turn(i)
+
+        self.deal(work, number, all_ranks=True)
+        optimiser.move(self.comm.sum(optimiser.turned))
         self.follow_schedule()
         return norm
 
@@ -2045,8 +2080,8 @@ def pick(w, points):
 FORMAT = 5
 
 
-def save(model, path, adam=None, half=False):
-    """Writes the model, and the state of its training if adam is given. half: weights in half
+def save(model, path, optimiser=None, half=False):
+    """Writes the model, and the state of its training if optimiser is given. half: weights in half
     precision, for a model to be shipped. OSError if it cannot be written."""
     q, theta = model.diffusion, to_host(model.theta)
     config = dict(diffusion=type(q).__name__, of_diffusion=q.config, shape=model.shape,
@@ -2054,9 +2089,9 @@ def save(model, path, adam=None, half=False):
                   learned=model.learned is not None, about=model.about)
     content = dict(format=FORMAT, config=json.dumps(config), alpha_bar=to_host(q.alpha_bar),
                    shift=model.shift, scale=model.scale)
-    if adam:
-        content |= dict(theta=theta, average=to_host(adam.average), m=to_host(adam.m),
-                        v=to_host(adam.v), step=adam.step)
+    if optimiser:
+        content |= dict(theta=theta, average=to_host(optimiser.average), m=to_host(optimiser.m),
+                        v=to_host(optimiser.v), step=optimiser.step)
     else:
         content["average"] = theta.astype(np.float16) if half else theta
     with written_whole(path) as temporary, open(temporary, "wb") as file:
@@ -2095,14 +2130,14 @@ def load(path, xp=np, threads=None, comm=None):
 
 
 def resume(path, xp=np, comm=None, **options):
-    """The model in a checkpoint as its training left it, and the Adam to go on with; options are
-    Adam's. InputError as for load, and if the number of ranks does not fit."""
+    """The model in a checkpoint as its training left it, and the Optimiser to go on with; options
+    are Optimiser's. InputError as for load, and if the number of ranks does not fit."""
     model, content = _read(path, xp, "theta", None, comm)
-    adam = model.adam(**options)
+    optimiser = model.optimiser(**options)
     for name in ("average", "m", "v"):
-        setattr(adam, name, xp.asarray(content[name]))
-    adam.step = int(content["step"])
-    return model, adam
+        setattr(optimiser, name, xp.asarray(content[name]))
+    optimiser.step = int(content["step"])
+    return model, optimiser
 
 
 def _read(path, xp, weights, threads, comm):

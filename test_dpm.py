@@ -58,8 +58,9 @@ MAP = [  # equation, what it says, where it is in dpm.py, which tests hold it
      "DPM.bound Gaussian.kl Binomial.kl Gaussian.H_q Gaussian.H_p Binomial.H_p Gaussian.from_pi",
      "test_kl_is_the_integral test_K_star_of_gaussian_data test_K_by_enumeration test_entropies "
      "test_at_initialisation_K_is_L_null test_parts_sum_to_K test_swissroll_K_star"),
-    ("SD 15", "training: the gradient of K", "DPM.gradient stratified Adam.update",
-     "test_gradient_of_every_objective test_stratified_estimate_is_the_sum_over_all_t test_adam"),
+    ("SD 15", "training: the gradient of K", "DPM.gradient stratified Optimiser.momentum DPM.step",
+     "test_gradient_of_every_objective test_stratified_estimate_is_the_sum_over_all_t "
+     "test_orthogonal test_optimiser"),
     ("SD section 2.4.1", "K ascended in beta_2..T, with frozen noise",
      "LearnedSchedule LearnedSchedule.dlevel",
      "test_learned_schedule test_learned_schedule_backward test_gradient_of_every_objective"),
@@ -700,40 +701,64 @@ def test_initial_weights():
     assert W[layers[1]]["W"].var() * 180 == approx(1, rel=0.05)
     assert not W[layers[2]]["W"].any() and not W[layers[0]]["b"].any()
     assert (make(0) == make(0)).all() and not (set(make(0)) & set(make(1)) - {0.0})
-    rates = dpm.views(layers, dpm.relative_rates(layers, np, "float64"))
-    assert [float(rates[layer]["W"].mean()) for layer in layers] == approx([0.72, 1, 1])
-    assert (rates[layers[0]]["b"] == 1).all()
 
 
-def test_adam():
-    """The published update, over several chunks, with a gradient that changes and is shortened;
-    then a constant gradient, for which every step is rate * sign(g); warm-up, decay and average."""
-    size, r = 80_000, rng(31)
-    theta = r.standard_normal(size)
-    relative, m, v, expected = r.uniform(0.1, 1, size), 0, 0, theta.copy()
-    adam = dpm.Adam(theta, relative, lr=0.01, steps=10 ** 9, warmup=1)
+def test_orthogonal():
+    """The singular vectors stay; the singular values go through the published polynomial, five
+    times; those above a hundredth of the largest end in 0.65..1.25."""
+    for shape in ((40, 16), (16, 40), (20, 20)):
+        m = rng(31, *shape).standard_normal(shape)
+        U, S, V = np.linalg.svd(m, full_matrices=False)
+        S[-1] = S[0] / 100
+        s = S / np.linalg.norm(S)
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
+        assert s.min() > 0.65 and s.max() < 1.25
+        close(dpm.orthogonal((U * S) @ V), (U * s) @ V, 1e-8, 1e-10)
+    assert not dpm.orthogonal(np.zeros((5, 3))).any()
+
+
+def test_optimiser():
+    """The published updates, over several chunks, with a gradient that changes and is shortened:
+    Muon's for a matrix, Adam's for biases and for a matrix with a short side, both with Nesterov's
+    momentum; then a constant gradient, for which every step is rate * sign(g); warm-up, decay and
+    average."""
+    layers, r = [dpm.Dense(900, 60), dpm.Dense(15, 300), dpm.Dense(16, 16)], rng(31)
+    size = dpm.number_of_weights(layers)
+    theta, m, v = r.standard_normal(size), np.zeros(size), np.zeros(size)
+    optimiser = dpm.Optimiser(layers, theta, lr=0.01, steps=10 ** 9, warmup=1)
+    expected = theta.copy()
     for step in range(1, 4):
         g = r.standard_normal(size) * step
-        assert adam.update(g) == approx(np.linalg.norm(g))
+        assert optimiser.momentum(g) == approx(np.linalg.norm(g))
+        for i in reversed(range(len(optimiser.matrices))):
+            optimiser.turn(i)
+        optimiser.move(optimiser.turned)
         g /= np.linalg.norm(g)
-        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g ** 2
-        root = np.sqrt(v / (1 - 0.99 ** step))
-        expected -= 0.01 * relative * (m / (1 - 0.9 ** step)) / (root + 1e-8)
+        m, v = 0.95 * m + 0.05 * g, 0.99 * v + 0.01 * g ** 2
+        n = 0.95 * m + 0.05 * g
+        move = n / (1 - 0.95 ** (step + 1)) / (np.sqrt(v / (1 - 0.99 ** step)) + 1e-8)
+        for layer, longer in ((layers[0], 900), (layers[2], 16)):
+            W = dpm.views(layers, n)[layer]["W"]
+            dpm.views(layers, move)[layer]["W"][...] = 0.2 * longer ** 0.5 * dpm.orthogonal(W)
+        expected -= 0.01 * move
     close(theta, expected)
-    theta, average, expected = np.zeros(3), np.zeros(3), 0.0
-    adam = dpm.Adam(theta, np.ones(3), lr=0.1, steps=10 ** 9, warmup=4)
+    bias, theta, average, expected = [dpm.Dense(1, 1)], np.zeros(2), np.zeros(2), 0.0
+    optimiser = dpm.Optimiser(bias, theta, lr=0.1, steps=10 ** 9, warmup=4)
     for step in range(1, 8):
         expected -= 0.1 * min(1, step / 4)
-        adam.update(np.array([0.5, -0.25, 0.0]))
-        close(theta, [expected, -expected, 0], rtol=1e-6)
+        optimiser.momentum(np.array([0.5, -0.25]))
+        optimiser.move(optimiser.turned)
+        close(theta, [expected, -expected], rtol=1e-6)
         average += 1 / (10 + step / 10) * (theta - average)
-        close(adam.average, average)
-    adam = dpm.Adam(theta, np.ones(3), lr=0.1, steps=100, warmup=10)
-    for adam.step, rate in [(5, 0.05), (10, 0.1), (50, 0.1), (75, 0.05), (100, 0)]:
-        assert adam.rate() == approx(rate, abs=1e-12)
-    adam.step, adam.average[...] = 10 ** 6, 0
-    adam.update(np.zeros(3))
-    close(adam.average, 1e-3 * theta)  # reaches back over 1000 steps at most
+        close(optimiser.average, average)
+    optimiser = dpm.Optimiser(bias, theta, lr=0.1, steps=100, warmup=10)
+    for optimiser.step, rate in [(5, 0.05), (10, 0.1), (50, 0.1), (75, 0.05), (100, 0)]:
+        assert optimiser.rate() == approx(rate, abs=1e-12)
+    optimiser.step, optimiser.average[...] = 10 ** 6, 0
+    optimiser.momentum(np.zeros(2))
+    optimiser.move(optimiser.turned)
+    close(optimiser.average, 1e-3 * theta)  # reaches back over 1000 steps at most
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1355,11 +1380,11 @@ def test_a_schedule_is_learned():
     """Some steps on data near one point: K rises, and the diffusion is that of the weights."""
     model = small_model(gaussian(6, 1e-3), stir=0, learned=True)
     draw = lambda i: 0.3 * rng(93, i).standard_normal((64, 3)) + 1
-    before, adam = model.diffusion.alpha_bar, model.adam(lr=0.01, steps=200, warmup=20)
+    before, optimiser = model.diffusion.alpha_bar, model.optimiser(lr=0.01, steps=200, warmup=20)
     K = model.bound(draw(-1 % 1000), rng(94))["K"]
     for i in range(200):
         model.gradient(draw(i), 1, i)
-        model.step(adam)
+        model.step(optimiser)
     learned = model.learned.forward(model.weights[model.learned]["psi"])
     assert (model.diffusion.alpha_bar == learned).all() and learned[1] == before[1]
     assert abs(np.log(learned / before)).max() > 0.1
@@ -1745,29 +1770,29 @@ def test_particles_do_not_depend_on_the_batch():
     (*NETWORKS[0], dict(learned=True)), (*NETWORKS[1], dict(predict="eps")),
     (*NETWORKS[2], dict(predict="paper", learned=True))])
 def test_training_is_deterministic_and_resumes_bit_for_bit(tmp_path, network, shape, options):
-    def train(model, adam, first, last):
+    def train(model, optimiser, first, last):
         for i in range(first, last):
             x0 = rng(1, i).standard_normal((16, model.D)).astype(model.dtype)
             model.gradient(x0, 0, i)
-            model.step(adam)
+            model.step(optimiser)
 
     def fresh():
         model = small_model(shape=shape, network=network, dtype="float32", **options)
-        return model, model.adam(steps=12, warmup=3)
+        return model, model.optimiser(steps=12, warmup=3)
 
-    (model, adam), (again, adam_again) = fresh(), fresh()
-    train(model, adam, 0, 12)
-    train(again, adam_again, 0, 5)
-    dpm.save(again, tmp_path / "c.npz", adam_again)
-    resumed, adam_resumed = dpm.resume(tmp_path / "c.npz", steps=12, warmup=3)
-    assert adam_resumed.step == 5
+    (model, optimiser), (again, optimiser_again) = fresh(), fresh()
+    train(model, optimiser, 0, 12)
+    train(again, optimiser_again, 0, 5)
+    dpm.save(again, tmp_path / "c.npz", optimiser_again)
+    resumed, optimiser_resumed = dpm.resume(tmp_path / "c.npz", steps=12, warmup=3)
+    assert optimiser_resumed.step == 5
     assert (resumed.diffusion.alpha_bar == again.diffusion.alpha_bar).all()
-    train(resumed, adam_resumed, 5, 12)
+    train(resumed, optimiser_resumed, 5, 12)
     assert (resumed.theta == model.theta).all() and not (again.theta == model.theta).all()
     for name in ("average", "m", "v"):
-        assert (getattr(adam_resumed, name) == getattr(adam, name)).all()
-    dpm.save(model, tmp_path / "c.npz", adam)  # what is sampled is the average
-    assert (dpm.load(tmp_path / "c.npz").theta == adam.average).all()
+        assert (getattr(optimiser_resumed, name) == getattr(optimiser, name)).all()
+    dpm.save(model, tmp_path / "c.npz", optimiser)  # what is sampled is the average
+    assert (dpm.load(tmp_path / "c.npz").theta == optimiser.average).all()
 
 
 @pytest.mark.parametrize("q, options", [
@@ -1798,7 +1823,7 @@ def test_checkpoint_round_trip(tmp_path, q, options):
 def test_bad_checkpoints(tmp_path):
     """Damaged, of another version, tampered with, or with a byte changed: one line, or the same."""
     model, bad = small_model(), tmp_path / "bad.npz"
-    dpm.save(model, tmp_path / "good.npz", model.adam())
+    dpm.save(model, tmp_path / "good.npz", model.optimiser())
     raw, content = (tmp_path / "good.npz").read_bytes(), dict(np.load(tmp_path / "good.npz"))
     config = json.loads(str(content["config"]))
 
@@ -2009,13 +2034,13 @@ def test_the_stand_in_refuses_what_cupy_refuses(cupy):
     ("mlp", (1, 1, 4), binomial(), {}), ("unet", (4, 4, 1), gaussian(variance="beta"), {})])
 def test_gpu_agrees_with_cpu(where, network, shape, q, options, tmp_path, monkeypatch, request):
     """The same weights, data and noise on both: bound, entropies, estimates, samples, posterior
-    samples with one particle and with several, gradients of every objective, and a step of Adam."""
+    samples with one particle and with several, gradients of every objective, and a step."""
     xp = request.getfixturevalue("cupy") if where == "stand-in" else dpm.backend()
     if xp is np:
         pytest.skip("no GPU here")
     cpu = small_model(q, shape, network, stir=0.1, threads=1, **options)
-    dpm.save(cpu, tmp_path / "c.npz", cpu.adam())
-    x0, (gpu, adam) = data_for(q, 9, cpu.D, 27), dpm.resume(tmp_path / "c.npz", xp)
+    dpm.save(cpu, tmp_path / "c.npz", cpu.optimiser())
+    x0, (gpu, optimiser) = data_for(q, 9, cpu.D, 27), dpm.resume(tmp_path / "c.npz", xp)
 
     def same(run, rtol=1e-6):
         close(dpm.to_host(run(gpu)), run(cpu), rtol, 1e-10)
@@ -2041,7 +2066,7 @@ def test_gpu_agrees_with_cpu(where, network, shape, q, options, tmp_path, monkey
             model.gradient(model.xp.asarray(x0), 3, tables=dpm.objective(kind, model.diffusion))
             return model.grad
         same(gradient)
-    assert float(gpu.step(adam)) == approx(float(cpu.step(cpu.adam())))
+    assert float(gpu.step(optimiser)) == approx(float(cpu.step(cpu.optimiser())))
     same(lambda model: model.theta)
     assert where == "cupy" or xp.used <= IN_CUPY
 
@@ -2070,7 +2095,7 @@ def test_training_on_the_stand_in(dataset, flags, cupy, tmp_path, monkeypatch):
 
 # Looked up in CuPy 14, in cupy, cupy.random and cupy.cuda
 IN_CUPY = set(
-    "abs add arange asarray broadcast_to clip concatenate cos cumsum divide empty empty_like exp "
+    "abs add arange asarray broadcast_to clip concatenate cos cumsum divide empty empty_like exp eye "
     "expm1 full isinf linspace log log1p matmul maximum minimum multiply ones pad sin split sqrt "
     "stack subtract tanh where zeros zeros_like".split())
 

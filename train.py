@@ -74,7 +74,7 @@ def arguments():
     g.add_argument("--batch-size", metavar="N", type=int,
                    help=f"examples in a step {show('batch_size')}")
     g.add_argument("--lr", metavar="X", type=float,
-                   help=f"peak learning rate, see dpm.Adam {show('lr')}")
+                   help=f"peak learning rate, see dpm.Optimiser {show('lr')}")
     g.add_argument("--seed", metavar="N", type=int, help="of weights, batches and noise [0]")
     g.add_argument("--threads", metavar="N", type=int, help="of a process [its part of the cores]")
     g.add_argument("--dtype", metavar="TYPE", choices=["float32", "float64"],
@@ -201,7 +201,7 @@ def optimiser_options(chosen):
     return dict(lr=chosen["lr"], steps=chosen["steps"], warmup=min(200, chosen["steps"] // 10 + 1))
 
 
-def train(model, adam, dataset, out):
+def train(model, optimiser, dataset, out):
     """The loop. Everything random in step s depends on (seed, s) alone, so that a resumed run makes
     the same steps."""
     xp, about, T, D, q = model.xp, model.about, model.T, model.D, model.diffusion
@@ -221,36 +221,36 @@ def train(model, adam, dataset, out):
 
     def save():
         add_up()
-        about.update(trained_steps=adam.step, seconds=round(time.perf_counter() - begun, 1),
+        about.update(trained_steps=optimiser.step, seconds=round(time.perf_counter() - begun, 1),
                      device=runs.device_name(xp), unlogged=unlogged.tolist())
         if leads:
-            dpm.save(model, checkpoint, adam)
+            dpm.save(model, checkpoint, optimiser)
 
     def check_finite(norm):
         if not math.isfinite(norm):
             kept = f"{checkpoint} keeps step {saved_step}"
             kept = kept if saved_step else "nothing was saved yet"
-            raise dpm.InputError(f"step {adam.step}: the gradient of the loss is {float(norm)}; "
-                                 f"{kept}; try a smaller --lr than {about['lr']}")
+            raise dpm.InputError(f"step {optimiser.step}: the gradient of the loss is "
+                                 f"{float(norm)}; {kept}; try a smaller --lr than {about['lr']}")
 
     handlers = {s: signal.signal(s, lambda *_: stopped.append(True))
                 for s in (signal.SIGINT, signal.SIGTERM)}
-    with runs.bar(None, "train", total=steps * number, initial=adam.step * number,
+    with runs.bar(None, "train", total=steps * number, initial=optimiser.step * number,
              unit=runs.noun(dataset)[:-1], unit_scale=True) as shown:
-        while adam.step < steps and not model.comm.sum(np.array([len(stopped)]))[0]:
-            rng = dpm.generator(dataset.xp, "batch", seed, adam.step)
+        while optimiser.step < steps and not model.comm.sum(np.array([len(stopped)]))[0]:
+            rng = dpm.generator(dataset.xp, "batch", seed, optimiser.step)
             x0 = xp.asarray(dataset.draw(number, rng, model.dtype))
-            recent.append(model.gradient(x0, seed, adam.step, tables=tables))
-            norm = model.step(adam)
+            recent.append(model.gradient(x0, seed, optimiser.step, tables=tables))
+            norm = model.step(optimiser)
             shown.update(number)
-            line_is_due = adam.step % log_every == 0 or adam.step == steps
+            line_is_due = optimiser.step % log_every == 0 or optimiser.step == steps
             if xp is np or line_is_due:  # so as not to wait for a GPU at every step
                 check_finite(norm)
             if line_is_due:
                 add_up()
                 examples, kl, *quarters = unlogged
                 climbed = gain(model.diffusion, mean, D) - kl / examples
-                row = [adam.step, f"{time.perf_counter() - begun:.1f}", f"{climbed / LN2:.5g}",
+                row = [optimiser.step, f"{time.perf_counter() - begun:.1f}", f"{climbed / LN2:.5g}",
                        *(f"{-quarter / examples / LN2:.5g}" for quarter in quarters)]
                 if leads:
                     log(out / "log.csv", row)
@@ -258,7 +258,7 @@ def train(model, adam, dataset, out):
                 unlogged[:] = 0
                 if time.perf_counter() - saved_at > SAVE_EVERY:
                     save()
-                    saved_at, saved_step = time.perf_counter(), adam.step
+                    saved_at, saved_step = time.perf_counter(), optimiser.step
     check_finite(norm)
     save()
     stop = model.comm.sum(np.array([len(stopped)]))[0]  # no rank goes on before the checkpoint is
@@ -266,7 +266,7 @@ def train(model, adam, dataset, out):
         signal.signal(signum, handler)
     if stop:
         if leads:
-            print(f"stopped at step {adam.step}; go on with: python train.py --resume {out}")
+            print(f"stopped at step {optimiser.step}; go on with: python train.py --resume {out}")
         sys.exit(130)
 
 
@@ -301,7 +301,8 @@ def benchmark(args):
     chosen = settings(args, dataset)
     model = new_model(dataset, chosen, xp, threads=args.threads)
     dataset.to(xp)
-    speed.benchmark(model, model.adam(**optimiser_options(chosen)), dataset, chosen["batch_size"])
+    optimiser = model.optimiser(**optimiser_options(chosen))
+    speed.benchmark(model, optimiser, dataset, chosen["batch_size"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -323,7 +324,7 @@ def start(args, comm):
     dataset.dequantise = chosen["decoder"] == "dequantised"
     model = new_model(dataset, chosen, xp, comm, args.threads)
     out = pathlib.Path(args.out) if args.out else runs.free_directory(dataset.name)
-    return model, model.adam(**optimiser_options(chosen)), dataset, out
+    return model, model.optimiser(**optimiser_options(chosen)), dataset, out
 
 
 def resume(args, comm):
@@ -333,7 +334,7 @@ def resume(args, comm):
     if not (args.resume or args.out or newest):
         raise dpm.InputError("--resume: there is no run in runs/; give a run's directory")
     out = pathlib.Path(args.resume or args.out or newest.parent)
-    model, adam = dpm.resume(out / "checkpoint.npz", dpm.backend(args.gpu), comm)
+    model, optimiser = dpm.resume(out / "checkpoint.npz", dpm.backend(args.gpu), comm)
     runs.check_about(model.about, out / "checkpoint.npz")
     dataset = runs.load_for(model)
     shares = model.threads * model.comm.size
@@ -350,12 +351,12 @@ def resume(args, comm):
     if args.steps:
         model.about["steps"] = args.steps[0]
     check(args, model.about, dataset)
-    if args.steps and args.steps[0] < max(1, adam.step):
-        raise dpm.InputError(f"{out} has made {adam.step} steps already; --steps {args.steps[0]} "
-                             "would be less")
+    if args.steps and args.steps[0] < max(1, optimiser.step):
+        raise dpm.InputError(f"{out} has made {optimiser.step} steps already; --steps "
+                             f"{args.steps[0]} would be less")
     for name, value in optimiser_options(model.about).items():
-        setattr(adam, name, value)
-    return model, adam, dataset, out
+        setattr(optimiser, name, value)
+    return model, optimiser, dataset, out
 
 
 def cut_log(path, step):
@@ -383,18 +384,18 @@ def main():
                      for path in args.evaluate]
         several = len(evaluated) > 1 and runs.mpi_rank() == 0
         return evaluation.compare(evaluated) if several else None
-    model, adam, dataset, out = (start if args.resume is None else resume)(args, comm)
+    model, optimiser, dataset, out = (start if args.resume is None else resume)(args, comm)
     leads = model.comm.rank == 0
     model.comm.sum(np.zeros(1))  # all ranks have chosen the same free directory before one makes it
     with runs.locked(out) if leads else contextlib.nullcontext():
         if leads:
-            cut_log(out / "log.csv", adam.step)
+            cut_log(out / "log.csv", optimiser.step)
             print(dataset.describe())
             print(f"{out}: {model.theta.size:,} weights, T = {model.T}, on "
                   f"{runs.device_name(model.xp)}", flush=True)
         dataset.to(model.xp)
-        if adam.step < model.about["steps"]:
-            train(model, adam, dataset, out)
+        if optimiser.step < model.about["steps"]:
+            train(model, optimiser, dataset, out)
         if not args.no_evaluate:
             evaluation.evaluate(out, args.gpu, comm=comm)
     if leads:

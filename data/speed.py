@@ -11,7 +11,7 @@ import numpy as np
 from data import runs
 
 
-def benchmark(model, adam, dataset, number):
+def benchmark(model, optimiser, dataset, number):
     """Prints the time of a training step with `number` examples and of a reverse step, beside that
     of a plain matrix product, which is the limit of this machine."""
     xp = model.xp
@@ -31,7 +31,7 @@ def benchmark(model, adam, dataset, number):
     def step(i):
         x0 = dataset.draw(number, dpm.generator(dataset.xp, "batch", 0, i), model.dtype)
         model.gradient(xp.asarray(x0), 0, i)
-        model.step(adam)
+        model.step(optimiser)
 
     rng = np.random.default_rng(0)
     a = [xp.asarray(rng.standard_normal((size, size), dtype=model.dtype)) for _ in model.tapes]
