@@ -193,7 +193,7 @@ def main():
     free, checkpoint = args.mode == "samples", find_checkpoint(args.checkpoint)
     model = runs.load(checkpoint, xp := dpm.backend(args.gpu), runs.ranks(xp))
     say = print if model.comm.rank == 0 else lambda *_, **__: None
-    kind, T, shape, dataset = figures.kind_of(model), model.T, model.shape, None
+    whole, kind, shape, dataset = model, figures.kind_of(model), model.shape, None
     try:
         dataset = runs.load_for(model)
     except dpm.InputError:
@@ -204,7 +204,7 @@ def main():
     if args.steps is not None:
         model = model.shortened(args.steps)
     elif S := (DEFAULT_FREE_STEPS if free else DEFAULT_STEPS)[kind]:
-        model = model.shortened(min(S, T))
+        model = model.shortened(min(S, whole.T))
 
     number = args.number or (NUMBER[kind] if free else observations.GIVEN)
     if args.input:
@@ -217,7 +217,7 @@ def main():
         number = len(truth)                         # there may be fewer than the default
     say(f"{checkpoint} on {runs.device_name(model.xp)}: {number} "
         f"{kind if number > 1 else kind[:-1]} of {data.printable(model.about['dataset'])}, "
-        f"{model.T} of T = {T} steps", flush=True)
+        f"{model.T} of T = {whole.T} steps", flush=True)
     r, unknown, sets, extra, arrays = None, None, {}, {}, {}
     if not free:
         given, unknown, r = observations.observed(model, args, truth, draws)
@@ -238,11 +238,14 @@ def main():
         parts = iter([sample(number * draws)])
     first = checked(next(parts))                    # these are shown and measured
     sets["samples"] = first.reshape(-1, draws, model.D)
+    mean = None
+    if args.mode == "denoise":
+        mean = observations.denoised(whole.resized(*model.shape[:2]), given, args.denoise)
+        arrays["mean"], extra["E[x_0 | given]"] = model.raw(mean), mean[:, None]
     if not free:
-        for line in observations.report(model, args, truth, given, unknown, sets["samples"]):
+        for line in observations.report(
+                model, args, truth, given, unknown, sets["samples"], mean):
             say(line)
-        if args.mode == "denoise" and kind != "points":
-            extra["their mean"] = sets["samples"].mean(1, keepdims=True)
     if kind == "images" and dataset and dataset.train is not None and model.shape == shape:
         near, distance = observations.nearest(dataset, sets["samples"][:SHOWN, 0])
         usual = observations.nearest(dataset, dataset.held_out(len(distance)))[1]

@@ -37,7 +37,7 @@ from scipy.special import log_ndtr, logsumexp, ndtr, softmax
 import data
 import sample
 import train
-from data import evaluation, figures, runs
+from data import evaluation, figures, observations, runs
 
 HERE = pathlib.Path(__file__).parent
 LN2 = math.log(2)
@@ -1507,6 +1507,14 @@ def test_posterior_samples():
     close(x[:, 1:].mean(0), 0.4, atol=0.06)
 
 
+def test_the_denoised_mean_is_the_exact_one():
+    """Of x_0 ~ N(0, 4) and y = x_0 + sigma eps it is 4 y / (4 + sigma^2)."""
+    model, y = gaussian_model(4.0), rng(71).standard_normal((6, 1))
+    for t in (1, 20, 50):
+        sigma = float(model.diffusion.sin[t] / model.diffusion.cos[t])
+        close(observations.denoised(model, y, sigma), 4 * y / (4 + sigma ** 2))
+
+
 @pytest.mark.parametrize("schedule", ["constant", "annealed"])
 def test_denoising_follows_its_recursion(schedule):
     """With linear kernels and a Gaussian r at every step, the mean and the variance of x_t follow
@@ -2095,8 +2103,8 @@ def test_training_on_the_stand_in(dataset, flags, cupy, tmp_path, monkeypatch):
 
 # Looked up in CuPy 14, in cupy, cupy.random and cupy.cuda
 IN_CUPY = set(
-    "abs add arange asarray broadcast_to clip concatenate cos cumsum divide empty empty_like exp eye "
-    "expm1 full isinf linspace log log1p matmul maximum minimum multiply ones pad sin split sqrt "
+    "abs add arange asarray broadcast_to clip concatenate cos cumsum divide empty empty_like exp "
+    "expm1 eye full isinf linspace log log1p matmul maximum minimum multiply ones pad sin split sqrt "
     "stack subtract tanh where zeros zeros_like".split())
 
 
@@ -2549,7 +2557,8 @@ def test_completions_and_denoised(place, tmp_path):
     a = drawn(place, "--denoise", 0.5, "--r-schedule", "constant", "--number", 4)
     scale = result_of(place.runs / "digits")["scale"]
     assert (a.given - a.truth).std() / scale == pytest.approx(0.5, rel=0.2)
-    assert set(vars(a)) == {"said", "truth", "given", "samples", "nearest"} and "PSNR" in a.said
+    assert set(vars(a)) == {"said", "truth", "given", "samples", "mean", "nearest"}
+    assert "E[x_0 | given]" in a.said and "PSNR" in a.said
     for run in ("roll", "heartbeat"):
         a = drawn(place, "--inpaint", "right", "--number", 2, run=run)
         assert (a.samples[..., ~a.unknown] == a.truth[:, None, ~a.unknown]).all()
@@ -2572,7 +2581,7 @@ def test_the_users_own_pictures(place):
         assert (np.floor(a.samples[..., ~a.unknown] + 1e-6) ==
                 mine.reshape(2, 1, D)[..., ~a.unknown]).all()
         a = drawn(place, "--input", *names, "--denoise", "0.5", run=run)
-        assert set(vars(a)) == {"said", "given", "samples"} and "PSNR" not in a.said
+        assert set(vars(a)) == {"said", "given", "samples", "mean"} and "PSNR" not in a.said
         assert (np.floor(a.given + 1e-6) == mine.reshape(2, D)).all()      # no noise was added
 
 

@@ -93,6 +93,15 @@ def observed(model, args, truth, draws):
     return given, unknown, dpm.Observation(np.repeat(given, draws, 0), sigma, model.xp)
 
 
+def denoised(model, given, sigma):
+    """E[x_0 | given], given = x_0 + sigma eps, normalised (n, D): x_t at the t whose noise is as
+    strong is cos phi times that, and one call of the network says the mean of p_x0."""
+    q, xp = model.diffusion, model.xp
+    t = int(np.abs(dpm.to_host(q.level)[1:] - 2 * math.log(sigma)).argmin()) + 1
+    xt, t = q.cos[t] * xp.asarray(given), xp.full(len(given), t)
+    return dpm.to_host(q.p_x0(xt, t, model.forward(xt, t)).mean)
+
+
 def nearest(dataset, x):
     """The training examples nearest to x (n, D), and their root mean square distance (n,),
     normalised units."""
@@ -108,8 +117,8 @@ def nearest(dataset, x):
     return found, np.sqrt(np.maximum(best, 0) / x.shape[1])
 
 
-def report(model, args, truth, given, unknown, samples):
-    """Lines on what can be measured of posterior samples (n, draws, D)."""
+def report(model, args, truth, given, unknown, samples, mean):
+    """Lines on what can be measured of posterior samples (n, draws, D), and of a denoised mean."""
     unit = "bits" if model.about["binary"] else "in units of the data's deviation"
     lines, draws, where = [], samples.shape[1], slice(None)
     if unknown is not None:
@@ -128,6 +137,7 @@ def report(model, args, truth, given, unknown, samples):
         return f"{rms:.3f}, PSNR {20 * math.log10(255 / max(rms * model.scale, 1e-9)):.1f} dB"
 
     found = [f"mean of {draws} samples {error(samples.mean(1))}"] if draws > 1 else []
+    found = found if mean is None else [f"E[x_0 | given] {error(mean)}"]
     found += [f"one sample {error(samples[:, 0])}"]
     found += [f"given {error(given)}"] if unknown is None else []
     return [*lines, f"root mean square error, {unit}: {'; '.join(found)}"]
