@@ -1206,13 +1206,14 @@ def initial_weights(layers, xp, dtype, seed):
 
 def orthogonal(m, xp=np):
     """U V' of a matrix m = U S V', nearly: five steps of Newton and Schulz bring its singular
-    values to 0.7..1.2, but for tiny ones, and need only products (Jordan et al. 2024):
+    values to 0.7..1.2, but for those below |m| / 500, and need only products (Jordan et al. 2024).
+    With |m| the root of the sum of squares,
 
         m <- m / |m|, and five times m <- m P, P = 3.4445 - 4.7750 A + 2.0315 A^2, A = m'm
     """
     if len(m) < m.shape[1]:
         return orthogonal(m.T, xp).T
-    m = m / (xp.sqrt((m * m).sum()) + 1e-30)
+    m = m / (xp.sqrt((m * m).sum()) + 1e-15)  # 1e-15: squares below 1e-45 are 0 in float32
     A, one = m.T @ m, xp.eye(m.shape[1], dtype=m.dtype)
     product = one
     for _ in range(5):  # on the small A alone: m, with its many rows, is multiplied once
@@ -1229,9 +1230,10 @@ class Optimiser:
         theta -= rate 0.2 sqrt(longer side) orthogonal(n)        for a matrix
         theta -= rate n^ / (sqrt(v^) + 1e-8)                     for another weight
 
-    g is the gradient, shortened to norm `clip` where it is longer; n is Nesterov's momentum. A
-    matrix is one with at least 16 rows and columns; the factor makes its entries move about as far
-    as Adam would move them. rate climbs to lr over `warmup` steps, and falls to 0 along half a
+    g is the gradient, shortened to norm `clip` where it is longer; n is Nesterov's momentum; n^ =
+    n / (1 - b1^(step + 1)) and v^ = v / (1 - b2^step) make up for starting at 0. A matrix is one
+    with at least 16 rows and columns; the factor makes its entries move about as far as Adam would
+    move them (Liu et al. 2025). rate climbs to lr over `warmup` steps, and falls to 0 along half a
     cosine over the second half of `steps`. average is the mean of theta over about the last tenth
     of the steps, at most 1000. theta is updated in place.
 
@@ -1613,7 +1615,7 @@ class DPM:
         return Optimiser(self.layers, self.theta, self.xp, **options)
 
     def step(self, optimiser):
-        """One step along self.grad; returns its norm. Shares take the matrices in turn."""
+        """One step against self.grad; returns its norm. Shares take the matrices in turn."""
         norm, number = optimiser.momentum(self.grad), len(optimiser.matrices)
 
         def work(tape, share, pieces):

@@ -239,7 +239,7 @@ def main():
     first = checked(next(parts))                    # these are shown and measured
     sets["samples"] = first.reshape(-1, draws, model.D)
     mean = None
-    if args.mode == "denoise":
+    if args.mode == "denoise" and not model.about["binary"]:
         mean = observations.denoised(whole.resized(*model.shape[:2]), given, args.denoise)
         arrays["mean"], extra["E[x_0 | given]"] = model.raw(mean), mean[:, None]
     if not free:

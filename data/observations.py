@@ -94,12 +94,16 @@ def observed(model, args, truth, draws):
 
 
 def denoised(model, given, sigma):
-    """E[x_0 | given], given = x_0 + sigma eps, normalised (n, D): x_t at the t whose noise is as
-    strong is cos phi times that, and one call of the network says the mean of p_x0."""
+    """E[x_0 | given], given = x_0 + sigma eps, normalised numbers (n, D): it is an x_t, but for a
+    factor, where tan phi = sigma, and one call of the network says the mean of p_x0. The diffusion
+    for this has its step 2 just there, with the s that the network knows at this level."""
     q, xp = model.diffusion, model.xp
-    t = int(np.abs(dpm.to_host(q.level)[1:] - 2 * math.log(sigma)).argmin()) + 1
-    xt, t = q.cos[t] * xp.asarray(given), xp.full(len(given), t)
-    return dpm.to_host(q.p_x0(xt, t, model.forward(xt, t)).mean)
+    levels, s = dpm.to_host(q.level)[2:], dpm.to_host(q.s)[2:]
+    level = np.clip(2 * math.log(sigma), levels[0], levels[-1])
+    noise = 1 / (1 + math.exp(-level))
+    there = dpm.Gaussian([1, 1 - noise * math.exp(-np.interp(level, levels, s)), 1 - noise], xp)
+    xt, t = xp.asarray(given) / math.sqrt(1 + sigma ** 2), xp.full(len(given), 2)
+    return dpm.to_host(there.p_x0(xt, t, model.with_diffusion(there).forward(xt, t)).mean)
 
 
 def nearest(dataset, x):
