@@ -407,11 +407,11 @@ class Gaussian(Diffusion):
     def guided(self, p, t, g):
         """Given r, the mean of x_0 moves by g sin^2 phi / cos phi, since E[x_0 | x_t] is (x_t +
         sin^2 phi grad log q(x_t)) / cos phi (Tweedie), and f_mu with it; for small steps that is
-        eq. 61, g f_sigma. A move by more than five deviations of the data is an error of the
-        network, and is cut."""
+        eq. 61, g f_sigma. A move by more than three deviations of the data is an error of the
+        network, and is cut: repeated, it would drive x_t to where no data is."""
         cos, sin, from_x0 = self._at(t, self.cos, self.sin, self.from_x0)
         cos = self.xp.where(cos > 0, cos, math.inf)  # alpha_bar_T = 0: x_T says nothing of x_0
-        return from_x0 * self.xp.clip(sin ** 2 / cos * g, -5, 5) / p.variance
+        return from_x0 * self.xp.clip(sin ** 2 / cos * g, -3, 3) / p.variance
 
     def kl(self, x0, xt, t, z, v_weight=None):
         """The KL of a step, nats (n,), and dz. Per dimension, with e = v - v* and g = c u,
