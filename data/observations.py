@@ -122,7 +122,8 @@ def nearest(dataset, x):
 
 
 def report(model, args, truth, given, unknown, samples, mean):
-    """Lines on what can be measured of posterior samples (n, draws, D), and of a denoised mean."""
+    """Lines on what can be measured of posterior samples (n, draws, D); mean: see denoised, or
+    None."""
     unit = "bits" if model.about["binary"] else "in units of the data's deviation"
     lines, draws, where = [], samples.shape[1], slice(None)
     if unknown is not None:
@@ -140,8 +141,10 @@ def report(model, args, truth, given, unknown, samples, mean):
             return f"{rms:.3f}"
         return f"{rms:.3f}, PSNR {20 * math.log10(255 / max(rms * model.scale, 1e-9)):.1f} dB"
 
-    found = [f"mean of {draws} samples {error(samples.mean(1))}"] if draws > 1 else []
-    found = found if mean is None else [f"E[x_0 | given] {error(mean)}"]
+    if mean is not None:
+        found = [f"E[x_0 | given] {error(mean)}"]
+    else:
+        found = [f"mean of {draws} samples {error(samples.mean(1))}"] if draws > 1 else []
     found += [f"one sample {error(samples[:, 0])}"]
     found += [f"given {error(given)}"] if unknown is None else []
     return [*lines, f"root mean square error, {unit}: {'; '.join(found)}"]
