@@ -679,6 +679,20 @@ def flatten(x):
     return x.reshape(-1, x.shape[-1])
 
 
+def over_pixels(x, xp):
+    """The sum (n, C) of x (n, H, W, C) over the pixels. This product takes a CPU a tenth of the
+    time of x.sum((1, 2))."""
+    n, H, W, C = x.shape
+    return (xp.ones((1, H * W), x.dtype) @ x.reshape(n, H * W, C))[:, 0]
+
+
+def pieces(n, pixels, at_once, xp):
+    """n examples of so many pixels each, cut into slices of about `at_once` pixels, which fit the
+    cache of a CPU; for a GPU one slice of all."""
+    size = max(1, at_once // pixels) if xp is np else n
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
 class Dense(Layer):
     """y = x W + b at every pixel.        dW = x^T dy    db = sum dy    dx = dy W^T"""
 
@@ -694,7 +708,7 @@ class Dense(Layer):
     def backward(self, dy, tape):
         x, d = tape.saved.pop(), tape.dtheta[self]
         d["W"] += tape.product(flatten(x).T, flatten(dy))
-        d["b"] += flatten(dy).sum(0)
+        d["b"] += over_pixels(dy, tape.xp).sum(0)
         return tape.product(flatten(dy), tape.theta[self]["W"].T).reshape(x.shape)
 
 
@@ -702,42 +716,40 @@ class Conv3x3(Layer):
     """y_i = sum_k x_{i+k} W_k: for every pixel i a sum over the nine pixels i + k around it, which
     are zero beyond the border.
 
-    dW_k = sum_i x_{i+k}^T dy_i        dx_i = sum_k dy_{i+k} W_{8-k}'
+    dW_k = sum_i x_{i+k}^T dy_i        dx_i = sum_k dy_{i+k} W_{8-k}^T
 
-    since pixel i is the (8-k)-th neighbour of its own k-th neighbour. Copies of all nine would take
-    nine times the memory: here every pixel gets its left and right neighbour beside it, and three
-    products with views of this array, moved by a row up and down, do the rest."""
+    since pixel i is the (8-k)-th neighbour of its own k-th neighbour. With the nine pixels side by
+    side (im2col) each of the three is one matrix product."""
 
     def __init__(self, inputs, outputs, gain=1.0):
         self.shapes, self.gain = dict(W=(9 * inputs, outputs)), gain
 
     @staticmethod
-    def _three_rows(x, xp):
-        """Three (n, H W, 3 C): every pixel's three pixels in the row above, its own, and below."""
-        n, H, W, C = x.shape
-        wide = xp.empty((n, H + 2, W, 3, C), x.dtype)
-        wide[:, 0], wide[:, -1], wide[:, :, 0, 0], wide[:, :, -1, 2] = 0, 0, 0, 0
-        left, own, right = wide[:, 1:-1, 1:, 0], wide[:, 1:-1, :, 1], wide[:, 1:-1, :-1, 2]
-        left[...], own[...], right[...] = x[:, :, :-1], x, x[:, :, 1:]
-        return [wide[:, d:d + H].reshape(n, H * W, 3 * C) for d in range(3)]
+    def _nine(x, xp):
+        """The nine pixels around every pixel, (pixels, 9 C), for a few examples at a time: which
+        they are, and their array. All at once they would not fit the cache."""
+        (n, H, W, C), view = x.shape, xp.lib.stride_tricks.sliding_window_view
+        padded = xp.zeros((n, H + 2, W + 2, C), x.dtype)
+        padded[:, 1:-1, 1:-1] = x
+        around = view(padded, (3, 3), (1, 2)).transpose(0, 1, 2, 4, 5, 3)
+        for i in pieces(n, H * W, 1600, xp):
+            yield i, around[i].reshape(-1, 9 * C)
 
-    def _convolve(self, x, weights, tape):
-        rows, weights = self._three_rows(x, tape.xp), weights.reshape(3, -1, weights.shape[-1])
-        y = tape.product(rows[0], weights[0])
-        for d in (1, 2):
-            y += tape.product(rows[d], weights[d])
-        return y.reshape(*x.shape[:-1], -1)
+    def _convolve(self, x, W, tape):
+        y = tape.xp.empty((*x.shape[:3], W.shape[1]), x.dtype)
+        for i, nine in self._nine(x, tape.xp):
+            y[i] = tape.product(nine, W).reshape(y[i].shape)
+        return y
 
     def forward(self, x, tape):
-        tape.saved.append(x)  # not its three rows: a third of the memory
+        tape.saved.append(x)  # not the nine: a ninth of the memory
         return self._convolve(x, tape.theta[self]["W"], tape)
 
     def backward(self, dy, tape):
-        x, weights, dW = tape.saved.pop(), tape.theta[self]["W"], tape.dtheta[self]["W"]
-        by_pixel = dy.reshape(len(dy), -1, dy.shape[-1])
-        for row, dW_row in zip(self._three_rows(x, tape.xp), dW.reshape(3, -1, dW.shape[-1])):
-            dW_row += tape.product(row.transpose(0, 2, 1), by_pixel).sum(0)
-        turned = weights.reshape(9, -1, dy.shape[-1])[::-1].transpose(0, 2, 1)
+        x, W, dW = tape.saved.pop(), tape.theta[self]["W"], tape.dtheta[self]["W"]
+        for i, nine in self._nine(x, tape.xp):
+            dW += tape.product(nine.T, flatten(dy[i]))
+        turned = W.reshape(9, -1, dy.shape[-1])[::-1].transpose(0, 2, 1)
         return self._convolve(dy, turned.reshape(-1, x.shape[-1]), tape)
 
 
@@ -753,7 +765,7 @@ class Time(Layer):
         return x + (tape.e @ tape.theta[self]["V"] + tape.theta[self]["b"])[:, None, None]
 
     def backward(self, dy, tape):
-        dc, d = dy.reshape(len(dy), -1, dy.shape[-1]).sum(1), tape.dtheta[self]
+        dc, d = over_pixels(dy, tape.xp), tape.dtheta[self]
         d["V"] += tape.e.T @ dc
         d["b"] += dc.sum(0)
         tape.de += dc @ tape.theta[self]["V"].T
@@ -1463,8 +1475,7 @@ class DPM:
 
     def slices(self, n):
         """n examples cut into slices that fit the cache; one slice on a GPU."""
-        size = max(1, 6400 // (self.shape[0] * self.shape[1])) if self.xp is np else n
-        return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+        return pieces(n, self.shape[0] * self.shape[1], 6400, self.xp)
 
     def piece(self, x, t, tape):
         """The network's z (n, D, outputs) for x (n, D) and t (n,), in one thread."""

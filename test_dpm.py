@@ -2006,7 +2006,8 @@ class StandIn:
 
     def __init__(self):
         self.used = set()
-        self.random = self.cuda = self
+        self.random = self.cuda = self.lib = self.stride_tricks = self
+        self.sliding_window_view = on_device(np.lib.stride_tricks.sliding_window_view)
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -2112,7 +2113,7 @@ def test_training_on_the_stand_in(dataset, flags, cupy, tmp_path, monkeypatch):
         assert json.loads((run / "result.json").read_text())["device"] == "stand-in"
 
 
-# Looked up in CuPy 14, in cupy, cupy.random and cupy.cuda
+# Looked up in CuPy 14, in cupy, cupy.random, cupy.cuda and cupy.lib.stride_tricks
 IN_CUPY = set(
     "abs add arange asarray broadcast_to clip concatenate cos cumsum divide empty empty_like exp "
     "expm1 eye full isinf linspace log log1p matmul maximum minimum multiply ones pad sin split "
@@ -2122,6 +2123,7 @@ IN_CUPY = set(
 def test_the_list_of_cupys_names():
     cupy = pytest.importorskip("cupy")
     assert all(hasattr(cupy, name) for name in IN_CUPY)
+    assert hasattr(cupy.lib.stride_tricks, "sliding_window_view")
     assert hasattr(cupy.random, "Philox4x3210") and hasattr(cupy.random, "Generator")
 
 
