@@ -45,10 +45,12 @@ for _name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
 import contextlib
 import copy
 import ctypes
+import hashlib
 import importlib
 import json
 import math
 import pathlib
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -277,7 +279,9 @@ class Diffusion:
 
     x0_for_r(xt, t, z)   p_x0 as this takes it
     dp_x0(xt, t, z, g)   dx and dz of a function whose gradient in the mean of p_x0 is g
-    guided(p, t, g)      the g to tilt p = p_back by, for the gradient g of log r_t at x_t
+    guided(p, t, g, known, gap)    the g to tilt p = p_back by, for the gradient g of log r_t at
+                         x_t; known (n, D): is this coordinate of x_0 known? and gap: how far its
+                         value is from the mean of p_x0
 
     Of t a network is told the level, log of noise over signal, and s = log beta_t / beta~_t, which
     is 0 at t = 0 and 1; both (T + 1,)."""
@@ -404,14 +408,16 @@ class Gaussian(Diffusion):
         along = xp.sqrt(xp.maximum(1 - before - eta ** 2 * beta_tilde, 0))
         return Normal(xp, xp.sqrt(before) * x0 + along * eps, eta ** 2 * beta_tilde * (1 + c * u))
 
-    def guided(self, p, t, g):
+    def guided(self, p, t, g, known, gap):
         """Given r, the mean of x_0 moves by g sin^2 phi / cos phi, since E[x_0 | x_t] is (x_t +
         sin^2 phi grad log q(x_t)) / cos phi (Tweedie), and f_mu with it; for small steps that is
-        eq. 61, g f_sigma. A move by more than three deviations of the data is an error of the
-        network, and is cut: repeated, it would drive x_t to where no data is."""
+        eq. 61, g f_sigma. A move by more than five deviations of the data is an error of the
+        network, and is cut: repeated, it would drive x_t to where no data is. Where x_0 is known
+        nothing is to be estimated: it moves by its gap, and f_mu is then mu~ of that x_0."""
         cos, sin, from_x0 = self._at(t, self.cos, self.sin, self.from_x0)
         cos = self.xp.where(cos > 0, cos, math.inf)  # alpha_bar_T = 0: x_T says nothing of x_0
-        return from_x0 * self.xp.clip(sin ** 2 / cos * g, -3, 3) / p.variance
+        move = self.xp.where(known, gap, self.xp.clip(sin ** 2 / cos * g, -5, 5))
+        return from_x0 * move / p.variance
 
     def kl(self, x0, xt, t, z, v_weight=None):
         """The KL of a step, nats (n,), and dz. Per dimension, with e = v - v* and g = c u,
@@ -565,7 +571,7 @@ class Binomial(Diffusion):
         slope = self._log_odds(ones, t) - self._log_odds(0 * ones, t)
         return dodds * slope, dodds[..., None].astype(z.dtype)
 
-    def guided(self, p, t, g):
+    def guided(self, p, t, g, known, gap):
         """g itself, eq. 61."""
         return g
 
@@ -1143,25 +1149,27 @@ def mlp(channels, readout, outputs, width=128, layers=3, scales=(), edges=(), ti
     return Network(body, readout, *time_layers(time))
 
 
-def unet(channels, readout, outputs, widths=(32, 64, 128), blocks=1, head=64, scales=(), edges=(),
-         time=128):
+def unet(channels, readout, outputs, widths=(32, 64, 128), blocks=(1, 1, 1), head=64, scales=(),
+         edges=(), time=128):
     """For images: residual blocks on the grid of pixels and, between them, the same on a grid half
-    as fine, and so on through `widths`; then a small network at every pixel, the head."""
+    as fine, and so on through `widths`; then a small network at every pixel, the head. blocks: how
+    many there are on each grid before the coarser ones, and as many after."""
 
     def block(width):
         return Residual(Rectifier(), Conv3x3(width, width), Time(time, width),
                         Rectifier(), Conv3x3(width, width, gain=0))
 
-    def levels(width, *deeper):
-        before, after = ([block(width) for _ in range(blocks)] for _ in range(2))
+    def grid(level=0):
+        width, *deeper = widths[level:]
+        before, after = ([block(width) for _ in range(blocks[level])] for _ in range(2))
         if not deeper:
             return [*before, *after]
-        inner = Cells(Dense(4 * width, deeper[0]), *levels(*deeper),
+        inner = Cells(Dense(4 * width, deeper[0]), *grid(level + 1),
                       Dense(deeper[0], 4 * width, gain=0))
         return [*before, Residual(inner), *after]
 
     told, inputs = features(channels, scales, edges)
-    context = Sequential(Conv3x3(inputs, widths[0]), Time(time, widths[0]), *levels(*widths))
+    context = Sequential(Conv3x3(inputs, widths[0]), Time(time, widths[0]), *grid())
     body = Sequential(told, Beside(context, Identity()),
                       Dense(widths[0] + inputs, head), Time(time, head), Rectifier(),
                       Residual(Dense(head, head), Time(time, head), Rectifier()),
@@ -1310,15 +1318,16 @@ class Optimiser:
 # t, so that one t for each example estimates it and its gradient. Sampling runs the steps that the
 # network gives from t = T down to 1.
 
-def objective(kind, q):
+def objective(kind, q, focus=-1.0):
     """What training descends, as tables over t (T + 1,): frequency, t is drawn in proportion to it;
     weight, of the loss of a drawn t; v_weight, that of (v - v*)^2 in this loss, or None for the KL
     itself. InputError for an unknown kind.
 
     K        1/2 c_t / (1 + c_t u), and the terms in u: eq. 14
-    focused  K's, times 1 + 8 exp(-(level_t + 1)^2 / 25), by which t is drawn as well, and divided
-             by alpha_bar_t + 0.001: less of the steps below a grey level, whose noise nobody can
-             predict, more of those that decide what a picture will be (as in Karras et al. 2022)
+    focused  K's, times 1 + 8 exp(-(level_t - focus)^2 / 25), by which t is drawn as well, and
+             divided by alpha_bar_t + 0.001: less of the steps below a grey level, whose noise
+             nobody can predict, more of those that decide what a picture will be (as in Karras et
+             al. 2022)
     simple   alpha_bar_t, the mean square of eps - eps^: DDPM eq. 14
     mean     beta_t^2 alpha_bar_{t-1} / (1 - alpha_bar_t), that of mu~ - f_mu: DDPM eq. 8 without
              its factor 1 / (2 sigma_t^2)
@@ -1331,7 +1340,7 @@ def objective(kind, q):
     weight, v_weight = frequency.copy(), None
     c = xp.where(t > 1, q.c, 0.0) if isinstance(q, Gaussian) else frequency
     if kind == "focused":
-        frequency = frequency * (1 + 8 * xp.exp(-(q.level + 1) ** 2 / 25))
+        frequency = frequency * (1 + 8 * xp.exp(-(q.level - focus) ** 2 / 25))
         weight = frequency / (q.alpha_bar + 1e-3)
         weight = weight * (c.sum() / (weight * c).sum())
     elif kind in ("simple", "mean") and isinstance(q, Gaussian):
@@ -1954,19 +1963,23 @@ class Posterior:
         network."""
         model, xp, q = self.model, self.model.xp, self.model.diffusion
         t_x, z = xp.full(len(x), t), xp.zeros((*x.shape, q.outputs))
-        log_r, g = xp.zeros(len(x)), xp.zeros(x.shape)
+        log_r, (g, gap) = xp.zeros(len(x)), xp.zeros((2, *x.shape))
+        known = xp.zeros(x.shape, bool)
 
         def work(tape, share, pieces):
             for i in pieces:
                 z[i] = model.piece(x[i], t_x[i], tape)
-                p = q.x0_for_r(x[i], t_x[i], z[i])
-                log_r[i], dmean = self.rows(i).of_x0(p)
+                p, here = q.x0_for_r(x[i], t_x[i], z[i]), self.rows(i)
+                log_r[i], dmean = here.of_x0(p)
                 dx, dz = q.dp_x0(x[i], t_x[i], z[i], dmean)
                 g[i] = dx + model.piece_backward(dz, tape)
+                for o in here.observations:
+                    known[i] = known[i] | (o.sigma == 0)
+                    gap[i] = xp.where(o.sigma == 0, o.y - p.mean, gap[i])
 
         model.deal(work, len(x))
         p = q.p_back(x, t_x, z)
-        return p, log_r, q.guided(p, t_x, g)
+        return p, log_r, q.guided(p, t_x, g, known, gap)
 
     def sample(self, number, seed=0, steps=None, batch=64, keep=(), progress=iter):
         """Samples (number, D); the arguments are those of DPM.sample. The y of an Observation is
@@ -2090,7 +2103,15 @@ def pick(w, points):
 # A model, or a model and the state of its training, is one .npz file without pickles. It holds its
 # configuration, so that nothing has to be said again to sample from it or to go on with it.
 
-FORMAT = 5
+FORMAT = 6
+
+
+def digest_of(content):
+    """sha256 of {name: array}: no other content has the same."""
+    total = hashlib.sha256()
+    for name, a in sorted(content.items()):
+        total.update(f"{name} {a.dtype.str} {a.shape} ".encode() + a.tobytes())
+    return total.hexdigest()
 
 
 def save(model, path, optimiser=None, half=False):
@@ -2107,8 +2128,9 @@ def save(model, path, optimiser=None, half=False):
                         v=to_host(optimiser.v), step=optimiser.step)
     else:
         content["average"] = theta.astype(np.float16) if half else theta
+    content = {name: np.asarray(a) for name, a in content.items()}
     with written_whole(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **content)
+        np.savez(file, digest=digest_of(content), **content)
         file.flush()
         os.fsync(file.fileno())
 
@@ -2139,13 +2161,21 @@ def build(diffusion, shape, network, sizes, predict="v", learned=False, **option
 
 def load(path, xp=np, threads=None, comm=None):
     """The model in a checkpoint, with averaged weights. InputError if it is missing or damaged."""
-    return _read(path, xp, "average", threads, comm)[0]
+    return _model_of(_read(path), "average", xp, threads, comm)
 
 
 def resume(path, xp=np, comm=None, **options):
     """The model in a checkpoint as its training left it, and the Optimiser to go on with; options
     are Optimiser's. InputError as for load, and if the number of ranks does not fit."""
-    model, content = _read(path, xp, "theta", None, comm)
+    content, ranks = _read(path), comm.size if comm else 1
+    if "theta" not in content:
+        raise InputError(f"{path}: holds a finished model without the state of its training; it "
+                         "cannot be resumed")
+    shares = content["config"]["shares"]  # the steps of its training depend on their number
+    if shares % ranks:
+        raise InputError(f"{path}: was trained in {shares} shares, which {ranks} ranks cannot "
+                         "divide")
+    model = _model_of(content, "theta", xp, shares // ranks, comm)
     optimiser = model.optimiser(**options)
     for name in ("average", "m", "v"):
         setattr(optimiser, name, xp.asarray(content[name]))
@@ -2153,58 +2183,32 @@ def resume(path, xp=np, comm=None, **options):
     return model, optimiser
 
 
-def _read(path, xp, weights, threads, comm):
-    """The model in a checkpoint, with the weights of this name, and all that the file holds."""
-
-    def require(right, problem):
-        if not right:
-            raise ValueError(problem)
-
+def _read(path):
+    """What `save` has written, with config as a dict. InputError if the file is not just that."""
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such checkpoint")
     try:
-        with open(path, "rb") as file:
-            require(file.read(2) == b"PK", "not an .npz file")
+        if not zipfile.is_zipfile(path):
+            raise ValueError("not an .npz file")
         with np.load(path, allow_pickle=False) as file:
             content = {name: file[name] for name in file.files}
-        if int(content["format"]) != FORMAT:
-            raise InputError(f"{path}: a checkpoint of format {int(content['format'])}, this "
-                             f"program reads {FORMAT}; train it anew")
-        if weights not in content:
-            raise InputError(f"{path}: holds a finished model without the state of its training; "
-                             "it cannot be resumed")
-        config = json.loads(str(content["config"]))
-        for name in {weights, "average", "m", "v", "alpha_bar"} & set(content):
-            require(content[name].dtype.kind == "f" and np.isfinite(content[name]).all(),
-                    f"{name} is not made of finite numbers")
-        alpha_bar = content["alpha_bar"]
-        require(alpha_bar.ndim == 1 and len(alpha_bar) > 2 and alpha_bar[0] == 1
-                and (np.diff(alpha_bar) < 0).all() and alpha_bar[-1] >= 0,
-                "alpha_bar does not fall from 1 towards 0")
-        shift, scale = float(content["shift"]), float(content["scale"])
-        require(math.isfinite(shift) and 0 < scale < math.inf, f"shift {shift} and scale {scale}")
-        shape, dtype, about = config["shape"], config["dtype"], config["about"]
-        require(dtype in ("float32", "float64") and len(shape) == 3
-                and all(isinstance(side, int) and 0 < side < 1 << 16 for side in shape),
-                f"shape {shape}, dtype {dtype}")
-        if weights == "theta":  # the steps of its training depend on the number of shares
-            comm, shares, step = comm or Alone(), config["shares"], content["step"]
-            require(type(shares) is int and 1 <= shares <= 4096, f"{shares} shares")
-            if shares % comm.size:
-                raise InputError(f"{path}: was trained in {shares} shares, which {comm.size} ranks "
-                                 "cannot divide")
-            threads = shares // comm.size
-            shapes = {content[name].shape for name in ("theta", "average", "m", "v")}
-            require(len(shapes) == 1 and (content["v"] >= 0).all() and step.dtype.kind == "i"
-                    and step >= 0, "the state of its training does not fit together")
-        made = {"Gaussian": Gaussian, "Binomial": Binomial}[config["diffusion"]]
-        model = build(made(alpha_bar, xp, **config["of_diffusion"]), shape, about["network"],
-                      about["sizes"], about["predict"], config["learned"], shift=shift,
-                      scale=scale, about=about, threads=threads, dtype=dtype,
-                      theta=xp.asarray(content[weights].astype(dtype)), comm=comm)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint") from None
-    except InputError:
-        raise
+        if int(content["format"]) == FORMAT:
+            if str(content.pop("digest")) != digest_of(content):
+                raise ValueError("its content has changed since it was written")
+            return content | dict(config=json.loads(str(content["config"])))
     except Exception as error:  # of damaged files readers raise almost anything
         problem = f"not a checkpoint, or a damaged one ({first_line(error)})"
         raise InputError(f"{path}: {problem}") from None
-    return model, content
+    raise InputError(f"{path}: a checkpoint of format {int(content['format'])}, this program reads "
+                     f"{FORMAT}; train it anew")
+
+
+def _model_of(content, weights, xp, threads, comm):
+    """The model in what `_read` returns, with the weights of this name."""
+    config, dtype = content["config"], content["config"]["dtype"]
+    about, made = config["about"], dict(Gaussian=Gaussian, Binomial=Binomial)[config["diffusion"]]
+    return build(made(content["alpha_bar"], xp, **config["of_diffusion"]), config["shape"],
+                 about["network"], about["sizes"], about["predict"], config["learned"],
+                 shift=float(content["shift"]), scale=float(content["scale"]), about=about,
+                 threads=threads, dtype=dtype, comm=comm,
+                 theta=xp.asarray(content[weights].astype(dtype)))
