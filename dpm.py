@@ -279,9 +279,9 @@ class Diffusion:
 
     x0_for_r(xt, t, z)   p_x0 as this takes it
     dp_x0(xt, t, z, g)   dx and dz of a function whose gradient in the mean of p_x0 is g
-    guided(p, t, g, known, gap)    the g to tilt p = p_back by, for the gradient g of log r_t at
-                         x_t; known (n, D): is this coordinate of x_0 known? and gap: how far its
-                         value is from the mean of p_x0
+    guided(p, t, g, p_x0, given)   the g to tilt p = p_back by, for the gradient g of log r_t at
+                         x_t, where the observations in r make `given` of p_x0
+    line_search(t, g, p_x0, given)   the multiple of g, (n, 1), that agrees with them best
 
     Of t a network is told the level, log of noise over signal, and s = log beta_t / beta~_t, which
     is 0 at t = 0 and 1; both (T + 1,)."""
@@ -408,16 +408,40 @@ class Gaussian(Diffusion):
         along = xp.sqrt(xp.maximum(1 - before - eta ** 2 * beta_tilde, 0))
         return Normal(xp, xp.sqrt(before) * x0 + along * eps, eta ** 2 * beta_tilde * (1 + c * u))
 
-    def guided(self, p, t, g, known, gap):
+    def guided(self, p, t, g, p_x0, given):
         """Given r, the mean of x_0 moves by g sin^2 phi / cos phi, since E[x_0 | x_t] is (x_t +
         sin^2 phi grad log q(x_t)) / cos phi (Tweedie), and f_mu with it; for small steps that is
         eq. 61, g f_sigma. A move by more than five deviations of the data is an error of the
-        network, and is cut: repeated, it would drive x_t to where no data is. Where x_0 is known
-        nothing is to be estimated: it moves by its gap, and f_mu is then mu~ of that x_0."""
-        cos, sin, from_x0 = self._at(t, self.cos, self.sin, self.from_x0)
-        cos = self.xp.where(cos > 0, cos, math.inf)  # alpha_bar_T = 0: x_T says nothing of x_0
-        move = self.xp.where(known, gap, self.xp.clip(sin ** 2 / cos * g, -5, 5))
+        network, and is cut: repeated, it would drive x_t to where no data is. A coordinate that is
+        known, with no variance in `given`, moves to its value: f_mu is then mu~ of it."""
+        from_x0, = self._at(t, self.from_x0)
+        move = self.xp.where(given.variance > 0, self.xp.clip(self._move(t, g), -5, 5),
+                             given.mean - p_x0.mean)
         return from_x0 * move / p.variance
+
+    def _move(self, t, g):
+        cos, sin = self._at(t, self.cos, self.sin)
+        cos = self.xp.where(cos > 0, cos, math.inf)  # alpha_bar_T = 0: x_T says nothing of x_0
+        return sin ** 2 / cos * g
+
+    def line_search(self, t, g, p_x0, given):
+        """r takes the errors of coordinates for independent; those that all share would be mended
+        once for each of them. Let y be observed with noise sigma, C be the covariance of x_0 given
+        x_t, and d = (y - mean) / (sin^2 phi + sigma^2), the gradient of log r in the mean. Then
+        the move for g is C d, and a conditional Gaussian moves by C (C + sigma^2)^-1 (y - mean).
+        A step of conjugate gradients towards this is a C d,
+
+            a = sum d (y - mean) / sum d (C + sigma^2) d
+
+        which is exact where one coordinate is observed. Where C is not positive, by an error of the
+        network, a is 0. From p_x0 and given: y - mean = their difference / (1 - variances' ratio).
+        """
+        xp, left = self.xp, given.variance / p_x0.variance
+        d = (given.mean - p_x0.mean) / p_x0.variance
+        gap = xp.where(left < 1, (given.mean - p_x0.mean) / xp.where(left < 1, 1 - left, 1), 0)
+        top = (d * gap).sum(1, keepdims=True)
+        below = (d * (self._move(t, g) + gap - p_x0.variance * d)).sum(1, keepdims=True)
+        return xp.where(below > 1e-6 * top, top / xp.where(below > 0, below, 1), 0)
 
     def kl(self, x0, xt, t, z, v_weight=None):
         """The KL of a step, nats (n,), and dz. Per dimension, with e = v - v* and g = c u,
@@ -571,9 +595,13 @@ class Binomial(Diffusion):
         slope = self._log_odds(ones, t) - self._log_odds(0 * ones, t)
         return dodds * slope, dodds[..., None].astype(z.dtype)
 
-    def guided(self, p, t, g, known, gap):
+    def guided(self, p, t, g, p_x0, given):
         """g itself, eq. 61."""
         return g
+
+    def line_search(self, t, g, p_x0, given):
+        """1: a bit has no way to go too far."""
+        return 1.0
 
     def _ends(self, xt, t):
         """q_1 and q_0, where q_x = q(x_{t-1} | x_t, x_0 = x)."""
@@ -1946,40 +1974,44 @@ class Posterior:
         chosen.observations = [o.rows(index, particles) for o in self.observations]
         return chosen
 
+    def given(self, p, power=1.0):
+        """p times all Observations^power, normalised, and log Z (n,) up to a constant."""
+        log_Z = 0.0
+        for o in self.observations:
+            p, log_Z_o = p.times(*o.factors(self.model.diffusion, power))
+            log_Z = log_Z + log_Z_o
+        return p, log_Z
+
     def of_x0(self, p):
         """log E[r(x_0)] (n,), up to a constant, where x_0 has the distribution p; and its gradient
         in the mean of p, (n, D). For a Function it is log r of the mean."""
-        log_r, g, product = self.model.xp.zeros(len(p.mean)), 0 * p.mean, p
+        product, log_r = self.given(p)
+        g = (product.mean - p.mean) / p.variance
         for f in self.functions:
             log_r, g = log_r + f.log_r(p.mean), g + f.gradient(p.mean)
-        for o in self.observations:
-            product, log_Z = product.times(*o.factors(self.model.diffusion))
-            log_r = log_r + log_Z
-        return log_r, g + (product.mean - p.mean) / p.variance
+        return log_r, g
 
     def predicted(self, x, t):
         """p(x_{t-1} | x_t = x), log r_t(x) (n,), and the g (n, D) to tilt p by, for an integer
         t >= 2. g is the gradient of log r_t in x_t, through the mean of p_x0 and so through the
-        network."""
+        network; a line search says how much of it agrees with observations."""
         model, xp, q = self.model, self.model.xp, self.model.diffusion
         t_x, z = xp.full(len(x), t), xp.zeros((*x.shape, q.outputs))
-        log_r, (g, gap) = xp.zeros(len(x)), xp.zeros((2, *x.shape))
-        known = xp.zeros(x.shape, bool)
+        log_r, g = xp.zeros(len(x)), xp.zeros(x.shape)
 
         def work(tape, share, pieces):
             for i in pieces:
                 z[i] = model.piece(x[i], t_x[i], tape)
-                p, here = q.x0_for_r(x[i], t_x[i], z[i]), self.rows(i)
-                log_r[i], dmean = here.of_x0(p)
+                log_r[i], dmean = self.rows(i).of_x0(q.x0_for_r(x[i], t_x[i], z[i]))
                 dx, dz = q.dp_x0(x[i], t_x[i], z[i], dmean)
                 g[i] = dx + model.piece_backward(dz, tape)
-                for o in here.observations:
-                    known[i] = known[i] | (o.sigma == 0)
-                    gap[i] = xp.where(o.sigma == 0, o.y - p.mean, gap[i])
 
         model.deal(work, len(x))
-        p = q.p_back(x, t_x, z)
-        return p, log_r, q.guided(p, t_x, g, known, gap)
+        p, p_x0 = q.p_back(x, t_x, z), q.x0_for_r(x, t_x, z)
+        given, _ = self.given(p_x0)
+        if not self.functions:  # of theirs only the slope is known
+            g = g * q.line_search(t_x, g, p_x0, given)
+        return p, log_r, q.guided(p, t_x, g, p_x0, given)
 
     def sample(self, number, seed=0, steps=None, batch=64, keep=(), progress=iter):
         """Samples (number, D); the arguments are those of DPM.sample. The y of an Observation is
@@ -2028,11 +2060,8 @@ class Posterior:
     def _draw(self, p, t, g, multiply, rngs):
         """x_t from p, tilted by g, or times r_t if multiply; and log p(x_t) less the log density
         that x_t was drawn from, up to a constant."""
-        xp, q, power, product, log_Z = self.model.xp, self.model.diffusion, self._power(t), p, 0.0
-        observations = self.observations if multiply else ()
-        for o in observations:
-            product, log_Z_o = product.times(*o.factors(q, power))
-            log_Z = log_Z + log_Z_o
+        xp, q, power = self.model.xp, self.model.diffusion, self._power(t)
+        product, log_Z = self.given(p, power) if multiply else (p, 0.0)
         if multiply and self.functions:
             g = sum(power * f.gradient(product.mean) for f in self.functions)
         if g is not None:
@@ -2043,7 +2072,7 @@ class Posterior:
         x = product.draw(xp.asarray(noise))
         if self.particles == 1:
             return x, 0.0
-        log_r = sum(o.log_r(q, x, power) for o in observations)
+        log_r = sum(o.log_r(q, x, power) for o in self.observations) if multiply else 0.0
         return x, log_Z - (log_r + (0.0 if g is None else (g * x).sum(1)))
 
     def _draw_batch(self, rngs, tick, keep):
