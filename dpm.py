@@ -126,8 +126,7 @@ def written_whole(path):
 # 1. The diffusions
 # ------------------------------------------------------------------------------------------------
 # Nothing in this chapter is learned. A diffusion says what noise does to data (q), how one step is
-# undone when x_0 is known, and how the numbers of a network describe a reverse step (p). First
-# comes the schedule of the noise, then two kinds of distribution, then the two diffusions.
+# undone when x_0 is known, and how the numbers of a network describe a reverse step (p).
 
 def schedule(kind, T, beta_1):
     """alpha_bar_0..T, float64 (T + 1,): alpha_bar_t = prod_{s<=t} (1 - beta_s) is the part of the
@@ -144,19 +143,17 @@ def schedule(kind, T, beta_1):
     InputError for an unknown kind, T < 2, or beta_1 outside of (0, 1)."""
     if T < 2 or not 0 < beta_1 < 1:
         raise InputError(f"a schedule needs T >= 2 and 0 < beta_1 < 1, not {T} and {beta_1}")
-    t = np.arange(2, T + 1)
     if kind == "logsnr":
-        return np.concatenate([[1], expit(-np.linspace(logit(beta_1), 10, T))])
-    if kind == "cosine":
-        u = np.linspace(0, 1, T)
-        return np.concatenate([[1], (1 - beta_1) * np.cos(0.99 * math.pi / 2 * u)])
-    if kind == "paper":
-        beta = np.concatenate([[beta_1], 1 / (T - t + 1)])
+        alpha_bar = expit(-np.linspace(logit(beta_1), 10, T))
+    elif kind == "paper":
+        alpha_bar = np.cumprod(1 - np.append(beta_1, 1 / np.arange(T - 1, 0, -1)))
     elif kind == "linear":
-        beta = np.minimum(np.linspace(1e-4, 0.02, T) * 1000 / T, 0.999)
+        alpha_bar = np.cumprod(1 - np.minimum(np.linspace(1e-4, 0.02, T) * 1000 / T, 0.999))
+    elif kind == "cosine":
+        alpha_bar = (1 - beta_1) * np.cos(0.99 * math.pi / 2 * np.linspace(0, 1, T))
     else:
         raise InputError(f"no schedule '{kind}': choose logsnr, paper, linear or cosine")
-    return np.concatenate([[1], np.cumprod(1 - beta)])
+    return np.append(1, alpha_bar)
 
 
 class Normal:
@@ -279,9 +276,9 @@ class Diffusion:
 
     x0_for_r(xt, t, z)   p_x0 as this takes it
     dp_x0(xt, t, z, g)   dx and dz of a function whose gradient in the mean of p_x0 is g
-    guided(p, t, g, p_x0, given)   the g to tilt p = p_back by, for the gradient g of log r_t at
-                         x_t, where the observations in r make `given` of p_x0
-    line_search(t, g, p_x0, given)   the multiple of g, (n, 1), that agrees with them best
+    guided(p, t, g, p_x0, given, search)   the g to tilt p = p_back by, for the gradient g of log
+                         r_t at x_t, where the observations in r make `given` of p_x0; search: if r
+                         is nothing else, the multiple of g that agrees with them best
 
     Of t a network is told the level, log of noise over signal, and s = log beta_t / beta~_t, which
     is 0 at t = 0 and 1; both (T + 1,)."""
@@ -324,9 +321,8 @@ class Gaussian(Diffusion):
     one point. These are the upper and the lower bound of eq. 24, and DDPM's two fixed variances.
 
     variance    learned: u is the network's; beta: u = 1; posterior: u = 0
-    half, ends  of a discretised decoder, p(x_0 | x_1) as probabilities of whole bytes, see
-                `decode`, normalised: half a grey level, and the centres of the first and the last
-                level; None without it"""
+    half, ends  of a discretised decoder, see `decode`: half a grey level, and the centres of the
+                first and the last one, normalised; None without it"""
 
     outputs, distribution = 2, Normal
 
@@ -379,16 +375,14 @@ class Gaussian(Diffusion):
         return v, u
 
     def p_x0(self, xt, t, z):
-        """N(cos phi x_t - sin phi v, sin^2 phi u), with the network's own u."""
-        cos, sin = self._at(t, self.cos, self.sin)
-        v, u = (z[..., i].astype(np.float64) for i in (0, 1))
-        return Normal(self.xp, cos * xt - sin * v, sin ** 2 * u)
+        """N(cos phi x_t - sin phi v, sin^2 phi u); at t = 1 also what the decoder integrates."""
+        (cos, sin), (v, u) = self._at(t, self.cos, self.sin), self._v_u(t, z)
+        return Normal(self.xp, cos * xt - sin * v, sin ** 2 * self.xp.maximum(u, 1e-12))
 
     def x0_for_r(self, xt, t, z):
         """The same with u = 1, the variance of N(0, I): errors that many coordinates share would
         count as many observations, and drive x_t away from all data."""
-        z = self.xp.stack([z[..., 0], self.xp.ones(xt.shape)], 2)
-        return self.p_x0(xt, t, z)
+        return Normal(self.xp, self.p_x0(xt, t, z).mean, self._at(t, self.sin)[0] ** 2)
 
     def dp_x0(self, xt, t, z, g):
         (cos, sin), dz = self._at(t, self.cos, self.sin), self.xp.zeros(z.shape, z.dtype)
@@ -408,39 +402,35 @@ class Gaussian(Diffusion):
         along = xp.sqrt(xp.maximum(1 - before - eta ** 2 * beta_tilde, 0))
         return Normal(xp, xp.sqrt(before) * x0 + along * eps, eta ** 2 * beta_tilde * (1 + c * u))
 
-    def guided(self, p, t, g, p_x0, given):
+    def guided(self, p, t, g, p_x0, given, search=False):
         """Given r, the mean of x_0 moves by g sin^2 phi / cos phi, since E[x_0 | x_t] is (x_t +
         sin^2 phi grad log q(x_t)) / cos phi (Tweedie), and f_mu with it; for small steps that is
         eq. 61, g f_sigma. A move by more than five deviations of the data is an error of the
         network, and is cut: repeated, it would drive x_t to where no data is. A coordinate that is
         known, with no variance in `given`, moves to its value: f_mu is then mu~ of it."""
-        from_x0, = self._at(t, self.from_x0)
-        move = self.xp.where(given.variance > 0, self.xp.clip(self._move(t, g), -5, 5),
-                             given.mean - p_x0.mean)
+        xp, (cos, sin, from_x0) = self.xp, self._at(t, self.cos, self.sin, self.from_x0)
+        gain = sin ** 2 / xp.where(cos > 0, cos, math.inf)  # alpha_bar_T = 0: x_T says nothing
+        if search:
+            g = g * self.line_search(gain * g, p_x0, given)
+        move = xp.where(given.variance > 0, xp.clip(gain * g, -5, 5), given.mean - p_x0.mean)
         return from_x0 * move / p.variance
 
-    def _move(self, t, g):
-        cos, sin = self._at(t, self.cos, self.sin)
-        cos = self.xp.where(cos > 0, cos, math.inf)  # alpha_bar_T = 0: x_T says nothing of x_0
-        return sin ** 2 / cos * g
-
-    def line_search(self, t, g, p_x0, given):
-        """r takes the errors of coordinates for independent; those that all share would be mended
-        once for each of them. Let y be observed with noise sigma, C be the covariance of x_0 given
-        x_t, and d = (y - mean) / (sin^2 phi + sigma^2), the gradient of log r in the mean. Then
-        the move for g is C d, and a conditional Gaussian moves by C (C + sigma^2)^-1 (y - mean).
-        A step of conjugate gradients towards this is a C d,
+    def line_search(self, move, p_x0, given):
+        """What to multiply this move by, (n, 1). r takes the errors of coordinates for independent:
+        one that all share would be mended once for each. Let y be observed with noise sigma, C be
+        Cov[x_0 | x_t], and d = (y - mean) / (sin^2 phi + sigma^2), the gradient of log r in the
+        mean. The move is C d, a Gaussian's would be C (C + sigma^2)^-1 (y - mean). A step of
+        conjugate gradients from 0 to this is a C d,
 
             a = sum d (y - mean) / sum d (C + sigma^2) d
 
-        which is exact where one coordinate is observed. Where C is not positive, by an error of the
-        network, a is 0. From p_x0 and given: y - mean = their difference / (1 - variances' ratio).
-        """
+        exact where one coordinate is observed. a is 0 where C is not positive, by an error of the
+        network. gap = y - mean is the difference of the means / (1 - the variances' ratio)."""
         xp, left = self.xp, given.variance / p_x0.variance
         d = (given.mean - p_x0.mean) / p_x0.variance
         gap = xp.where(left < 1, (given.mean - p_x0.mean) / xp.where(left < 1, 1 - left, 1), 0)
         top = (d * gap).sum(1, keepdims=True)
-        below = (d * (self._move(t, g) + gap - p_x0.variance * d)).sum(1, keepdims=True)
+        below = (d * (move + gap - p_x0.variance * d)).sum(1, keepdims=True)
         return xp.where(below > 1e-6 * top, top / xp.where(below > 0, below, 1), 0)
 
     def kl(self, x0, xt, t, z, v_weight=None):
@@ -469,21 +459,15 @@ class Gaussian(Diffusion):
         cos, sin = self._at(t, self.cos, self.sin)
         return (cos * xt - x0) / sin
 
-    def p_last(self, x1, z):
-        """N(mu, sigma^2), p(x_0 | x_1) of the decoder before it is integrated."""
-        v, u = self._v_u(self.xp.ones(len(x1), int), z)
-        cos, sin = self.cos[1], self.sin[1]
-        return Normal(self.xp, cos * x1 - sin * v, sin ** 2 * self.xp.maximum(u, 1e-12))
-
     def decode(self, x0, x1, z):
         """-log P of bytes x0 that were not dequantised (DDPM eq. 13), nats (n,), and dz. P is
-        p_last, integrated over the grey level of x_0; the first and the last level are open
+        p_x0, integrated over the grey level of x_0; the first and the last level are open
         outwards. With a, b = (x_0 -+ half - mu) / sigma
 
             P = Phi(b) - Phi(a)
             d(-log P) / dmu = (Phi'(b) - Phi'(a)) / (P sigma)
             d(-log P) / dsigma^2 = (b Phi'(b) - a Phi'(a)) / (2 P sigma^2)"""
-        xp, p = self.xp, self.p_last(x1, z)
+        xp, p = self.xp, self.p_x0(x1, self.xp.ones(len(x1), int), z)
         special = importlib.import_module("scipy.special" if xp is np else "cupyx.scipy.special")
         sin, sigma = self.sin[1], xp.sqrt(p.variance)
         a, b = (x0 - self.half - p.mean) / sigma, (x0 + self.half - p.mean) / sigma
@@ -595,13 +579,9 @@ class Binomial(Diffusion):
         slope = self._log_odds(ones, t) - self._log_odds(0 * ones, t)
         return dodds * slope, dodds[..., None].astype(z.dtype)
 
-    def guided(self, p, t, g, p_x0, given):
-        """g itself, eq. 61."""
+    def guided(self, p, t, g, p_x0, given, search=False):
+        """g itself, eq. 61: a bit has no way to go too far."""
         return g
-
-    def line_search(self, t, g, p_x0, given):
-        """1: a bit has no way to go too far."""
-        return 1.0
 
     def _ends(self, xt, t):
         """q_1 and q_0, where q_x = q(x_{t-1} | x_t, x_0 = x)."""
@@ -629,7 +609,7 @@ class Binomial(Diffusion):
         kl = sum(_times_log(xp, b_x, b_x / xp.where(f_x > 0, f_x, 1.0))
                  for b_x, f_x in ((b.one, f.one), (b.zero, f.zero)))
         top = (m.one - x0) * (q1.one - q0.one) ** 2 * m.variance
-        dz = xp.where(f.variance > 0, top / xp.where(f.variance > 0, f.variance, 1.0), 0.0)
+        dz = top / xp.where(f.variance > 0, f.variance, 1.0)  # where that is 0, q_1 = q_0
         return kl.sum(1), dz[..., None].astype(z.dtype)
 
     def ideal(self, xt, t, mean):
@@ -705,7 +685,7 @@ class Layer:
     the gradients of the layer's weights. shapes {name: shape}: its weights. They start at random,
     with variance gain^2 / inputs; with gain = 0, and biases always, at zero."""
 
-    shapes, gain = {}, 1.0
+    shapes, gain, layers = {}, 1.0, ()
 
 
 def flatten(x):
@@ -931,14 +911,14 @@ class Pooled(Cells):
         return super().backward(dy * self.side ** 2, tape) / self.side ** 2
 
 
-class Whole(Sequential):
-    """f of the whole picture as one pixel of H W C channels. So H and W are fixed."""
+class Whole(Cells):
+    """f of the whole picture as one cell, a pixel of H W C channels. So H and W are fixed."""
 
-    def forward(self, x, tape):
-        return super().forward(x.reshape(len(x), 1, 1, -1), tape).reshape(*x.shape[:3], -1)
+    def _down(self, x, xp):
+        return x.reshape(len(x), 1, 1, -1)
 
-    def backward(self, dy, tape):
-        return super().backward(dy.reshape(len(dy), 1, 1, -1), tape).reshape(*dy.shape[:3], -1)
+    def _up(self, cells, H, W):
+        return cells.reshape(len(cells), H, W, -1)
 
 
 # Features: what a network is told of each value x besides x itself
@@ -1127,13 +1107,10 @@ class Network:
 
     def with_weights(self):
         """Its layers that have weights, in a fixed order."""
-        found, tree = [], [self.body, self.time]
-        while tree:
-            layer = tree.pop()
-            tree.extend(reversed(getattr(layer, "layers", ())))
-            if layer.shapes:
-                found.append(layer)
-        return found
+        def of(layer):
+            return sum(map(of, layer.layers), [layer] if layer.shapes else [])
+
+        return of(self.time) + of(self.body)
 
     def forward(self, x, level, s, tape):
         """z (n, H, W, C outputs) for x (n, H, W, C), and level and s (n,)."""
@@ -1237,13 +1214,10 @@ def views(layers, flat):
     return found
 
 
-def number_of_weights(layers):
-    return sum(math.prod(shape) for layer in layers for shape in layer.shapes.values())
-
-
 def initial_weights(layers, xp, dtype, seed):
     """One flat array: matrices normal with variance gain^2 / inputs, all else zero."""
-    flat = np.zeros(number_of_weights(layers), dtype)
+    number = sum(math.prod(shape) for layer in layers for shape in layer.shapes.values())
+    flat = np.zeros(number, dtype)
     rng = generator(np, "weights", seed)
     for layer, weights in views(layers, flat).items():
         for w in weights.values():
@@ -1308,8 +1282,7 @@ class Optimiser:
 
     def chunks(self, *arrays):
         """The arrays cut into parts that fit the cache; whole on a GPU."""
-        size = 1 << 15 if self.xp is np else len(self.theta)
-        return ([a[i:i + size] for a in arrays] for i in range(0, len(self.theta), size))
+        return ([a[i] for a in arrays] for i in pieces(len(self.theta), 1, 1 << 15, self.xp))
 
     def momentum(self, grad):
         """Begins a step; returns the norm of the gradient."""
@@ -1372,15 +1345,13 @@ def objective(kind, q, focus=-1.0):
         weight = frequency / (q.alpha_bar + 1e-3)
         weight = weight * (c.sum() / (weight * c).sum())
     elif kind in ("simple", "mean") and isinstance(q, Gaussian):
-        with np.errstate(invalid="ignore"):
-            v_weight = q.alpha_bar if kind == "simple" else (q.from_x0 * q.sin) ** 2
+        v_weight = q.alpha_bar if kind == "simple" else (q.from_x0 * q.sin) ** 2
         v_weight = xp.where(t > 1, v_weight, 0.0)
         v_weight = v_weight * (c.sum() / 2 / v_weight.sum())
     elif kind != "K":
         raise InputError(f"no objective '{kind}' here: choose K, focused, or for numbers also "
                          "simple or mean")
     if q.discretised:  # the decoder's gradient is the noisiest: a twentieth of the draws
-        frequency, weight = frequency.copy(), weight.copy()
         frequency[1], weight[1] = 0.05 * frequency.sum(), 1.0
     return frequency, weight, v_weight
 
@@ -1434,10 +1405,9 @@ class DPM:
     scale, by which samples get the data's units (raw = x scale + shift), and `about`, a dict of
     what else is to be known of the run. learned: a LearnedSchedule, or None.
 
-    A batch is divided into shares, one for each thread of each rank of `comm` (MPI): example i is
-    in share i mod (number of shares). A thread takes its share in pieces, so that forward, loss and
-    backward of a piece run in cache; a GPU takes the whole batch. The noise and the order of sums
-    depend on the number of shares: 2 ranks of 1 thread give the same bits as 1 rank of 2."""
+    A batch is dealt out in shares, one for each thread of each rank of `comm` (MPI): example i goes
+    to share i mod (number of shares). Noise and the order of sums depend on this number alone: 2
+    ranks of 1 thread give the same bits as 1 rank of 2."""
 
     def __init__(self, diffusion, network, shape, shift=0.0, scale=1.0, about=None, threads=None,
                  dtype="float32", seed=0, theta=None, learned=None, comm=None):
@@ -1493,7 +1463,7 @@ class DPM:
 
     def deal(self, work, n, all_ranks=False):
         """work(tape, share, pieces) in every thread: its share of n examples, slice(i, n, shares),
-        and the same cut into the slices that are worked on at once."""
+        and the same in pieces, whose forward, loss and backward fit the cache of a CPU."""
         first = self.comm.rank * self.threads if all_ranks else 0
         shares = self.comm.size * self.threads if all_ranks else self.threads
 
@@ -1542,11 +1512,11 @@ class DPM:
 
     def p_back(self, x, t, eta=1.0):
         """p(x_{t-1} | x_t = x) for x (n, D) and an integer t >= 1: the network's. At t = 1 it is
-        the fixed first step (eq. 44), or a discretised decoder's p_last. eta: Gaussian.p_back."""
+        the fixed first step (eq. 44), or a discretised decoder's p_x0. eta: Gaussian.p_back."""
         q, t_x = self.diffusion, self.xp.full(len(x), t)
         if t > 1:
             return q.p_back(x, t_x, self.forward(x, t_x), eta)
-        p = q.p_last(x, self.forward(x, t_x)) if q.discretised else q.q_step(x, t_x)
+        p = q.p_x0(x, t_x, self.forward(x, t_x)) if q.discretised else q.q_step(x, t_x)
         return p if eta == 1 else type(p)(self.xp, p.mean, eta ** 2 * p.variance)
 
     # The bound
@@ -1599,12 +1569,10 @@ class DPM:
         entropy, distortion = (np.where(count, total, math.nan) / np.maximum(count, 1)
                                for total in (entropy, distortion))
         x0 = xp.asarray(x0)
-        parts = dict(H_q_T=q.H_q(T, x0), H_q_1=q.H_q(1, x0), H_p_T=q.H_p(x0))
-        signs = dict(H_q_T=1, H_q_1=-1, H_p_T=-1)
-        if q.discretised:
-            parts, signs = dict(L_T=q.from_pi(T, x0)), dict(L_T=-1)
+        parts = dict(L_T=q.from_pi(T, x0)) if q.discretised else dict(
+            H_q_T=q.H_q(T, x0), H_q_1=q.H_q(1, x0), H_p_T=q.H_p(x0))
         parts, null = {name: to_host(a) for name, a in parts.items()}, to_host(q.log_null(x0))
-        each = sum(signs[name] * a for name, a in parts.items()) - each
+        each = sum(a if name == "H_q_T" else -a for name, a in parts.items()) - each
 
         def se(values):
             return float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
@@ -1689,26 +1657,24 @@ class DPM:
 
         Sample k has its own noise, from (seed, k): up to rounding it is the same on every device
         and for every size of `batch`. InputError for steps or eta outside of their limits."""
-        if steps:
-            return self.shortened(steps).sample(number, seed, None, eta, batch, keep, progress,
-                                                first)
         if not 0 <= eta <= 1:
             raise InputError(f"eta lies between 0 (no noise) and 1 (the model's), not {eta}")
-        xp, q = self.xp, self.diffusion
+        model = self.shortened(steps) if steps else self
+        xp, q = model.xp, model.diffusion
 
         def draw_batch(rngs, rows, tick):
             def noise():
                 return xp.asarray(np.stack([q.distribution.noise((self.D,), rng) for rng in rngs]))
 
             x, kept = q.pi((len(rngs), self.D)).draw(noise()), {}
-            for t in range(self.T, 0, -1):
+            for t in range(model.T, 0, -1):
                 if t in keep:
                     kept[t] = x
-                x = self.p_back(x, t, eta).draw(noise())
+                x = model.p_back(x, t, eta).draw(noise())
                 tick()
             return x, kept
 
-        return self.chains(draw_batch, number, seed, batch, keep, progress, first)
+        return model.chains(draw_batch, number, seed, batch, keep, progress, first)
 
     def chains(self, draw_batch, number, seed, batch, keep, progress, first=0):
         """All samples, `batch` at a time, dealt out to the ranks. draw_batch(rngs, rows, tick)
@@ -1720,8 +1686,7 @@ class DPM:
         ticks = iter(progress(range(self.T * len(starts))))
         for start in starts:
             rows = slice(start, min(start + batch, number))
-            rngs = [generator(np, "sample", seed, first + k)
-                    for k in range(rows.start, rows.stop)]
+            rngs = [generator(np, "sample", seed, first + k) for k in range(start, rows.stop)]
             x, past = draw_batch(rngs, rows, lambda: next(ticks))
             samples[rows] = to_host(x)
             for t in keep:
@@ -1935,25 +1900,22 @@ R_SCHEDULES = ("predicted", "constant", "annealed")
 
 
 class Posterior:
-    """p(x_0) r(x_0) of a model, as a reverse process: each p(x_{t-1} | x_t) is multiplied by
-    r_{t-1}(x_{t-1}) and normalised (eqs. 16-22). r is an Observation, a Function, or a list of
-    them, which stands for their product. r_0 = r, and on the way r_t is by `schedule`
+    """p(x_0) r(x_0): each p(x_{t-1} | x_t) of a model times r_{t-1}(x_{t-1}), normalised. r is an
+    Observation, a Function, or a list of them: their product. r_0 = r, and r_t is by `schedule`
 
-        constant   r                                       eq. 23
-        annealed   r^((T - t) / T)                         section 2.5
-        predicted  E[r(x_0) | x_t], for x_0 with the mean that the network predicts, coordinates
-                   independent, and of numbers the variance sin^2 phi (x0_for_r)
+        constant   r                    eq. 23
+        annealed   r^((T - t) / T)      section 2.5
+        predicted  E[r(x_0) | x_t], x_0 as x0_for_r has it, with coordinates independent
 
-    constant and annealed multiply an Observation in closed form, coordinate by coordinate.
-    predicted tilts each step by the gradient of log r_t through the network (eq. 61), so that a
-    known coordinate moves all others (as in Ho et al. 2022, Song et al. 2023), and multiplies only
-    the last step by r. A step costs about 2.5 times a step without r.
+    constant and annealed multiply by an Observation in closed form. predicted tilts each step by
+    the gradient of log r_t through the network (eq. 61), so that a known coordinate moves all
+    others (as in Ho et al. 2022, Song et al. 2023), and multiplies only the last step by r. This
+    takes about 2.5 times as long.
 
     Eq. 22 divides each product by Z(x_t) = int p(x_{t-1} | x_t) r_{t-1}(x_{t-1}) dx_{t-1} as if
-    this were r_t(x_t). The factor that this ignores, Z(x_t) / r_t(x_t), is the weight of the step.
-    With `particles` > 1 every sample is a set of chains with these weights, drawn anew where the
-    weights become uneven, and one of them at the end. This is exact in the limit of many, if no r_t
-    excludes what r allows (as constant and annealed do for a known value, which needs predicted).
+    this were r_t(x_t). Z / r_t is the weight of the step. With `particles` > 1 a sample is one of
+    so many chains, which are drawn anew where their weights become uneven: exact in the limit of
+    many, if no r_t excludes what r allows (constant and annealed do, for a known value).
     InputError for another schedule, no particles, or an r of another type."""
 
     def __init__(self, model, r, schedule="predicted", particles=1):
@@ -1992,9 +1954,8 @@ class Posterior:
         return log_r, g
 
     def predicted(self, x, t):
-        """p(x_{t-1} | x_t = x), log r_t(x) (n,), and the g (n, D) to tilt p by, for an integer
-        t >= 2. g is the gradient of log r_t in x_t, through the mean of p_x0 and so through the
-        network; a line search says how much of it agrees with observations."""
+        """For an integer t >= 2: p(x_{t-1} | x_t = x), log r_t(x) (n,), and the g (n, D) to tilt p
+        by, from the gradient of log r_t in x_t, through the mean of p_x0 and so the network."""
         model, xp, q = self.model, self.model.xp, self.model.diffusion
         t_x, z = xp.full(len(x), t), xp.zeros((*x.shape, q.outputs))
         log_r, g = xp.zeros(len(x)), xp.zeros(x.shape)
@@ -2008,33 +1969,28 @@ class Posterior:
 
         model.deal(work, len(x))
         p, p_x0 = q.p_back(x, t_x, z), q.x0_for_r(x, t_x, z)
-        given, _ = self.given(p_x0)
-        if not self.functions:  # of theirs only the slope is known
-            g = g * q.line_search(t_x, g, p_x0, given)
-        return p, log_r, q.guided(p, t_x, g, p_x0, given)
+        search = not self.functions  # of theirs only the slope is known
+        return p, log_r, q.guided(p, t_x, g, p_x0, self.given(p_x0)[0], search)
 
     def sample(self, number, seed=0, steps=None, batch=64, keep=(), progress=iter):
         """Samples (number, D); the arguments are those of DPM.sample. The y of an Observation is
         (D,) or (number, D), and no two know the same coordinate; else InputError."""
-        if steps:
-            short = copy.copy(self)
-            short.model = self.model.shortened(steps)
-            return short.sample(number, seed, None, batch, keep, progress)
+        chosen = copy.copy(self)
+        chosen.model = model = self.model.shortened(steps) if steps else self.model
+        times_known = model.xp.zeros(model.D, int)
         for o in self.observations:
-            if o.y.shape not in ((self.model.D,), (number, self.model.D)):
+            if o.y.shape not in ((model.D,), (number, model.D)):
                 raise InputError(f"an observation of shape {o.y.shape} does not fit {number} "
-                                 f"samples of {self.model.D} dimensions")
-        times_known = self.model.xp.zeros(self.model.D, int)
-        for o in self.observations:
+                                 f"samples of {model.D} dimensions")
             times_known = times_known + (o.sigma == 0)
         if bool((times_known > 1).any()):
             raise InputError("two observations know the same coordinate: leave it to one of them")
 
         def draw_batch(rngs, rows, tick):
-            return self.rows(rows, self.particles)._draw_batch(rngs, tick, keep)
+            return chosen.rows(rows, self.particles)._draw_batch(rngs, tick, keep)
 
         batch = max(1, batch // self.particles)
-        return self.model.chains(draw_batch, number, seed, batch, keep, progress)
+        return model.chains(draw_batch, number, seed, batch, keep, progress)
 
     def _step(self, x, t):
         """The model's p(x_{t-1} | x_t = x), t >= 1; log r_t(x) (n,); the g to tilt p by, or None;

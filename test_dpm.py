@@ -725,7 +725,7 @@ def test_optimiser():
     momentum; then a constant gradient, for which every step is rate * sign(g); warm-up, decay and
     average."""
     layers, r = [dpm.Dense(900, 60), dpm.Dense(15, 300), dpm.Dense(16, 16)], rng(31)
-    size = dpm.number_of_weights(layers)
+    size = sum(math.prod(s) for layer in layers for s in layer.shapes.values())
     theta, m, v = r.standard_normal(size), np.zeros(size), np.zeros(size)
     optimiser = dpm.Optimiser(layers, theta, lr=0.01, steps=10 ** 9, warmup=1)
     expected = theta.copy()
@@ -830,7 +830,7 @@ def written(q, x0, xt, t, z, error, v=None):
     if error is not None:
         loss = loss + error[t] * ((z[..., 0] - q.velocity(x0, xt, t)) ** 2).sum(1)
     if first.any():
-        p = q.p_last(xt[first], z[first])
+        p = q.p_x0(xt[first], np.ones(first.sum(), int), z[first])
         ends = [x0[first] + s * np.where(s * x0[first] > 0.7, np.inf, 0.25) for s in (1, -1)]
         b, a = (ndtr((end - p.mean) / np.sqrt(p.variance)) for end in ends)
         loss[first] = -np.log(b - a).sum(1)
@@ -1434,7 +1434,7 @@ def test_r_of_what_a_network_predicts(q, network, shape, predict, monkeypatch):
     x, y = (np.round(x), np.round(y)) if bit else (4 * x - 2, 4 * y - 2)
     halves = (np.where(np.arange(model.D) % 2 == i, sigma, np.inf) for i in (0, 1))
     posterior = dpm.Posterior(model, [*(dpm.Observation(y, s) for s in halves), CURVE])
-    monkeypatch.setattr(q, "guided", lambda p, t, g, p_x0, given: g)
+    monkeypatch.setattr(q, "guided", lambda p, t, g, *_: g)
     with np.errstate(divide="ignore", invalid="ignore"):
         r = [np.where(sigma == 0, y == b, np.exp(-0.5 * (b - y) ** 2 / sigma ** 2)) for b in (0, 1)]
 
