@@ -303,6 +303,13 @@ class Diffusion:
         times = np.concatenate([[0], np.round(np.linspace(1, self.T, S)).astype(int)])
         return type(self)(self.alpha_bar[self.xp.asarray(times)], self.xp, **self.config)
 
+    def until(self, sigma):
+        """The diffusion of numbers that ends where noise is sigma times as strong as the data: its
+        x_T is (x_0 + sigma eps) / sqrt(1 + sigma^2). It ends between t = 2 and T of this one."""
+        a = to_host(self.alpha_bar)
+        last = np.clip(1 / (1 + sigma ** 2), a[-1], a[2])
+        return type(self)(np.append(a[a > last + 1e-12], last), self.xp, **self.config)
+
 
 class Gaussian(Diffusion):
     """The Gaussian diffusion, left column of Table App.1.
@@ -1446,6 +1453,11 @@ class DPM:
         """The same model with a chain of S steps, see Diffusion.shortened."""
         return self.with_diffusion(self.diffusion.shortened(S))
 
+    def until(self, sigma):
+        """The same model with a chain that begins at data under noise sigma, see Diffusion.until:
+        from there it draws from p(x_0 | x_0 + sigma eps), with no need of an r."""
+        return self.with_diffusion(self.diffusion.until(sigma))
+
     def resized(self, H, W):
         """The same model for pictures of another size; InputError if the network has only one."""
         if self.about.get("network") == "paper" and (H, W) != self.shape[:2]:
@@ -1646,7 +1658,7 @@ class DPM:
     # Samples
 
     def sample(self, number, seed=0, steps=None, eta=1.0, batch=64, keep=(), progress=iter,
-               first=0):
+               first=0, x_T=None):
         """Samples (number, D) of p(x_0): x_T ~ pi, then x_{t-1} ~ p(x_{t-1} | x_t) for t = T..1
         (eqs. 4, 5 and 44). They are true draws, not means.
 
@@ -1654,6 +1666,7 @@ class DPM:
         eta     from 0, no noise, to 1, the model's, see Gaussian.p_back
         keep    times t in 1..T whose x_t are wanted too: then the result is (samples, {t: x_t})
         first   begin with sample number `first`, so that many can be drawn part by part
+        x_T     (number, D) to start from, where they are not drawn from pi
 
         Sample k has its own noise, from (seed, k): up to rounding it is the same on every device
         and for every size of `batch`. InputError for steps or eta outside of their limits."""
@@ -1666,7 +1679,8 @@ class DPM:
             def noise():
                 return xp.asarray(np.stack([q.distribution.noise((self.D,), rng) for rng in rngs]))
 
-            x, kept = q.pi((len(rngs), self.D)).draw(noise()), {}
+            kept = {}
+            x = q.pi((len(rngs), self.D)).draw(noise()) if x_T is None else xp.asarray(x_T[rows])
             for t in range(model.T, 0, -1):
                 if t in keep:
                     kept[t] = x

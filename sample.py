@@ -149,14 +149,16 @@ def check_room(model, args, chains, path):
 # What comes out
 # -------------------------------------------------------------------------------------------------
 
-def sampler(model, args, r):
-    """A function that draws n samples: free, or posterior where there is an r."""
+def sampler(model, args, r, x_T):
+    """A function that draws n samples: posterior where there is an r, or else free, from x_T where
+    that is given."""
     batch = (2 ** 16 if model.xp is np else 2 ** 20) // model.D
     options = dict(seed=args.seed, batch=max(model.threads, min(1024, batch)),
                    progress=lambda ticks: runs.bar(ticks, "reverse steps"))
     if r is None:
-        eta = 1.0 if args.eta is None else args.eta
-        return lambda n, **more: model.sample(n, eta=eta, **options, **more)
+        options |= dict(eta=1.0 if args.eta is None else args.eta)
+        return lambda n, **more: model.sample(
+            n, x_T=None if x_T is None else x_T[:n], **options, **more)
     posterior = dpm.Posterior(model, r, args.r_schedule or "predicted", args.particles or 1)
     return lambda n, **more: posterior.rows(slice(n)).sample(n, **options, **more)
 
@@ -194,12 +196,13 @@ def main():
     model = runs.load(checkpoint, xp := dpm.backend(args.gpu), runs.ranks(xp))
     say = print if model.comm.rank == 0 else lambda *_, **__: None
     whole, kind, shape, dataset = model, figures.kind_of(model), model.shape, None
+    binary = model.about["binary"]
     try:
         dataset = runs.load_for(model)
     except dpm.InputError:
         if not free and not args.input:
             raise                                   # free samples and own pictures do without
-    if args.eta is not None and model.about["binary"]:
+    if args.eta is not None and binary:
         raise dpm.InputError("--eta is for numbers: bits have no path without noise")
     if args.steps is not None:
         model = model.shortened(args.steps)
@@ -215,20 +218,24 @@ def main():
     if not free and not args.input:
         truth = observations.test_examples(dataset, args)
         number = len(truth)                         # there may be fewer than the default
-    say(f"{checkpoint} on {runs.device_name(model.xp)}: {number} "
-        f"{kind if number > 1 else kind[:-1]} of {data.printable(model.about['dataset'])}, "
-        f"{model.T} of T = {whole.T} steps", flush=True)
-    r, unknown, sets, extra, arrays = None, None, {}, {}, {}
+    r, x_T, unknown, sets, extra, arrays = None, None, None, {}, {}, {}
     if not free:
         given, unknown, r = observations.observed(model, args, truth, draws)
+        if args.mode == "denoise" and not (binary or args.particles or args.r_schedule):
+            model, x_T = observations.begun(model, np.repeat(given, draws, 0), args.denoise)
+            r = None                                # noise under data is what the chain undoes
         noisy = args.input and args.mode == "denoise"
         sets = ({} if noisy else {"truth": truth[:, None]}) | {"given": given[:, None]}
         arrays = {name: model.raw(x[:, 0]) for name, x in sets.items()}
         arrays |= {} if unknown is None else dict(unknown=unknown)
 
+    say(f"{checkpoint} on {runs.device_name(model.xp)}: {number} "
+        f"{kind if number > 1 else kind[:-1]} of {data.printable(model.about['dataset'])}, "
+        f"{model.T} of T = {whole.T} steps", flush=True)
+
     for path in paths.values() if model.comm.rank == 0 else ():
         runs.writable(path)                         # an error now, and not at the end
-    sample = sampler(model, args, r)
+    sample = sampler(model, args, r, x_T)
     kept = on_the_way(sample, number * draws, args, kind, model.T)
     if kept and number * draws <= MOVED[kind]:
         parts = iter([kept[0]])                     # these are all of them
@@ -239,7 +246,7 @@ def main():
     first = checked(next(parts))                    # these are shown and measured
     sets["samples"] = first.reshape(-1, draws, model.D)
     mean = None
-    if args.mode == "denoise" and not model.about["binary"]:
+    if args.mode == "denoise" and not binary:
         mean = observations.denoised(whole.resized(*model.shape[:2]), given, args.denoise)
         arrays["mean"], extra["E[x_0 | given]"] = model.raw(mean), mean[:, None]
     if not free:

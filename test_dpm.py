@@ -91,6 +91,8 @@ MAP = [  # equation, what it says, where it is in dpm.py, which tests hold it
     ("DDIM 12, 16", "fewer steps, with less noise or none",
      "Diffusion.shortened DPM.shortened Gaussian.p_back",
      "test_a_shortened_chain_is_a_diffusion test_steps_with_less_noise"),
+    ("SD section 2.5", "denoising: the chain from where the noise is", "Diffusion.until DPM.until",
+     "test_a_chain_that_begins_at_noisy_data"),
 ]
 
 
@@ -1535,6 +1537,22 @@ def test_the_denoised_mean_is_the_exact_one():
     q, t, y = model.diffusion, np.full(3, 8), rng(72).standard_normal((3, 40))
     mean = q.p_x0(q.cos[8] * y, t, model.forward(q.cos[8] * y, t)).mean
     close(observations.denoised(model, y, float(q.sin[8] / q.cos[8])), mean, 1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 40.0])
+def test_a_chain_that_begins_at_noisy_data(sigma):
+    """For data N(0, S) and y = x_0 + sigma eps its samples have the posterior N(K y, S - K S),
+    K = S (S + sigma^2)^-1, up to the length of a step; it ends at the noise of y, which lies between
+    two of the T steps."""
+    S, y = np.array([[1.0, 0.8], [0.8, 1.0]]), np.array([[1.5, -0.5]])
+    model = exact_model(gaussian(500, 1e-3), correlated(S), 2).until(sigma)
+    assert model.diffusion.alpha_bar[-1] == approx(1 / (1 + sigma ** 2))
+    assert (np.diff(model.diffusion.alpha_bar) < 0).all() and model.diffusion.alpha_bar[0] == 1
+    x_T = np.repeat(y, 10_000, 0) / math.sqrt(1 + sigma ** 2)
+    x = model.sample(len(x_T), 4, batch=10_000, x_T=x_T)
+    K = S @ np.linalg.inv(S + sigma ** 2 * np.eye(2))
+    close(x.mean(0), K @ y[0], atol=5 / math.sqrt(len(x)))
+    close(np.cov(x.T), S - K @ S, atol=0.002 + 5 * math.sqrt(2 / len(x)) * (S - K @ S)[0, 0])
 
 
 @pytest.mark.parametrize("schedule", ["constant", "annealed"])

@@ -430,14 +430,13 @@ def figure_2(model, path, number=40, times=5):
 
 def figure_3(model, dataset, path, number=8, steps=100):
     """Figure 3 of the paper, for images: held-out data, the same under noise of variance 1, the
-    same denoised (a sample of the posterior, in so many steps), and free samples."""
-    steps = min(steps, model.T)
+    same denoised (a sample of the posterior), and free samples, in so many steps."""
+    model = model.shortened(min(steps, model.T))
     x = dataset.held_out(number)
     noisy = x + dpm.generator(np, "figure 3").standard_normal(x.shape)
-    seen = dpm.Posterior(model, dpm.Observation(noisy, 1.0, model.xp))
     rows = {"data": x, "under noise of\nvariance 1": noisy,
-            "denoised": seen.sample(len(x), steps=steps),
-            "samples": model.sample(len(x), steps=steps)}
+            "denoised": model.until(1.0).sample(len(x), x_T=noisy / math.sqrt(2)),
+            "samples": model.sample(len(x))}
     figure, axes = _axes(len(rows), 1, (8.5, 4.1))
     for axis, (name, row) in zip(axes[:, 0], rows.items()):
         axis.imshow(sheet(model, row, len(x), like=x), cmap="gray", vmin=0, vmax=255,

@@ -93,17 +93,17 @@ def observed(model, args, truth, draws):
     return given, unknown, dpm.Observation(np.repeat(given, draws, 0), sigma, model.xp)
 
 
+def begun(model, given, sigma):
+    """given = x_0 + sigma eps, normalised numbers (n, D), is an x_t but for a factor. The model
+    whose chain begins there, and its x_T (n, D)."""
+    return model.until(sigma), given / math.sqrt(1 + sigma ** 2)
+
+
 def denoised(model, given, sigma):
-    """E[x_0 | given], given = x_0 + sigma eps, normalised numbers (n, D): it is an x_t, but for a
-    factor, where tan phi = sigma, and one call of the network says the mean of p_x0. The diffusion
-    for this has its step 2 just there, with the s that the network knows at this level."""
-    q, xp = model.diffusion, model.xp
-    levels, s = dpm.to_host(q.level)[2:], dpm.to_host(q.s)[2:]
-    level = np.clip(2 * math.log(sigma), levels[0], levels[-1])
-    noise = 1 / (1 + math.exp(-level))
-    there = dpm.Gaussian([1, 1 - noise * math.exp(-np.interp(level, levels, s)), 1 - noise], xp)
-    xt, t = xp.asarray(given) / math.sqrt(1 + sigma ** 2), xp.full(len(given), 2)
-    return dpm.to_host(there.p_x0(xt, t, model.with_diffusion(there).forward(xt, t)).mean)
+    """E[x_0 | given] of the same: one call of the network says the mean of p_x0."""
+    there, x_T = begun(model, given, sigma)
+    x_T, t = model.xp.asarray(x_T), model.xp.full(len(given), there.T)
+    return dpm.to_host(there.diffusion.p_x0(x_T, t, there.forward(x_T, t)).mean)
 
 
 def nearest(dataset, x):
