@@ -10,8 +10,8 @@ Run backwards, a small enough step is again a Gaussian. A network that learns it
 
     p(x_{t-1} | x_t) = N(f_mu(x_t, t), f_sigma(x_t, t))
 
-makes a generative model: draw x_T from pi = N(0, I), then step t = T..1. For data of zeros and ones
-a step forgets bits instead. The log likelihood of the model has a lower bound K, a sum of entropies
+makes a generative model: draw x_T from pi = N(0, I), then step t = T..2; the last, to x_0, is fixed
+(eq. 44). For data of zeros and ones a step forgets bits instead. The log likelihood of the model has a lower bound K, a sum of entropies
 and of KL divergences, each in closed form (eq. 14). K is what is trained and what is reported.
 
     1  the diffusions           schedule, Normal, Bernoulli, Gaussian, Binomial
@@ -23,10 +23,12 @@ and of KL divergences, each in closed form (eq. 14). K is what is trained and wh
 
 Conventions. t runs 1..T; arrays over t have T + 1 entries, and entry 0 is the data without noise:
 alpha_bar[0] = 1. Data is a matrix (n, D), of mean about 0 and average variance 1, or of bits. The
-paper's symbols are the names, and `dname` is the gradient of the loss in
-`name`; a fraction such as dx / dphi is an ordinary derivative. Everything is in nats.
-Schedules, KLs and entropies are float64; only the network and the noise of its training are
-float32. `xp` is numpy or cupy, and every array of a model is an array of its xp.
+paper's symbols are the names; mu~_t and beta~_t, DDPM's, are the mean and the variance of
+q(x_{t-1} | x_t, x_0). x^ is an estimate of x, x^2 a square. f_sigma is a variance, sigma a standard
+deviation; pi is a distribution, and 3.14 beside a factor. `dname` is the gradient of the loss in
+`name`; a fraction such as dx / dphi is an ordinary derivative. Everything is in nats. Schedules,
+KLs and entropies are float64; only the network and the noise of its training are float32. `xp` is
+numpy or cupy, and every array of a model is an array of its xp.
 """
 # 0. Tools: threads, memory, errors, backends, random generators, files. For a first reading it is
 # enough to know that they are here.
@@ -137,7 +139,8 @@ def schedule(kind, T, beta_1):
             paper    beta_t = 1 / (T - t + 1) for t >= 2 (footnote 2, section 2.4.1): every step
                      takes the same part of the signal
             linear   beta_t on the line from 1e-4 to 0.02, times 1000 / T (DDPM)
-            cosine   alpha_bar_t = (1 - beta_1) cos(0.99 pi/2 u), u from 0 (t = 1) to 1 (t = T)
+            cosine   alpha_bar_t = (1 - beta_1) cos(0.99 pi/2 u), u from 0 (t = 1) to 1 (t = T):
+                     ours, for bits; not Nichol & Dhariwal's, which has cos^2
     beta_1  the variance of the first step, fixed (section 2.4.1); `linear` has its own. It limits
             K of continuous data: no model gets above -D/2 ln(2 pi e beta_1).
     InputError for an unknown kind, T < 2, or beta_1 outside of (0, 1)."""
@@ -276,12 +279,12 @@ class Diffusion:
 
     x0_for_r(xt, t, z)   p_x0 as this takes it
     dp_x0(xt, t, z, g)   dx and dz of a function whose gradient in the mean of p_x0 is g
-    guided(p, t, g, p_x0, given, search)   the g to tilt p = p_back by, for the gradient g of log
-                         r_t at x_t, where the observations in r make `given` of p_x0; search: if r
-                         is nothing else, the multiple of g that agrees with them best
+    guided(p, t, g, p_x0, given, search)   what to tilt p = p_back by, (n, D), where g (n, D) is the
+                         gradient of log r_t at x_t. given: p_x0 times the Observations in r;
+                         search: scale g by line_search (r has nothing but Observations)
 
-    Of t a network is told the level, log of noise over signal, and s = log beta_t / beta~_t, which
-    is 0 at t = 0 and 1; both (T + 1,)."""
+    Of t a network is told level = log((1 - alpha_bar_t) / alpha_bar_t), the log of the variance of
+    noise over that of signal, and s = log(beta_t / beta~_t), 0 at t = 0 and 1; both (T + 1,)."""
 
     discretised = False
 
@@ -305,7 +308,8 @@ class Diffusion:
 
     def until(self, sigma):
         """The diffusion of numbers that ends where noise is sigma times as strong as the data: its
-        x_T is (x_0 + sigma eps) / sqrt(1 + sigma^2). It ends between t = 2 and T of this one."""
+        x_T is (x_0 + sigma eps) / sqrt(1 + sigma^2). A sigma below the noise at t = 2, or above
+        that at T, is replaced by that noise."""
         a = to_host(self.alpha_bar)
         last = np.clip(1 / (1 + sigma ** 2), a[-1], a[2])
         return type(self)(np.append(a[a > last + 1e-12], last), self.xp, **self.config)
@@ -387,8 +391,9 @@ class Gaussian(Diffusion):
         return Normal(self.xp, cos * xt - sin * v, sin ** 2 * self.xp.maximum(u, 1e-12))
 
     def x0_for_r(self, xt, t, z):
-        """The same with u = 1, the variance of N(0, I): errors that many coordinates share would
-        count as many observations, and drive x_t away from all data."""
+        """p_x0 with u = 1, wider than what the network believes. r takes the coordinates of x_0 for
+        independent; with the small u of the network an error that many of them share would be
+        counted once for each, and would drive x_t away from all data."""
         return Normal(self.xp, self.p_x0(xt, t, z).mean, self._at(t, self.sin)[0] ** 2)
 
     def dp_x0(self, xt, t, z, g):
@@ -411,10 +416,11 @@ class Gaussian(Diffusion):
 
     def guided(self, p, t, g, p_x0, given, search=False):
         """Given r, the mean of x_0 moves by g sin^2 phi / cos phi, since E[x_0 | x_t] is (x_t +
-        sin^2 phi grad log q(x_t)) / cos phi (Tweedie), and f_mu with it; for small steps that is
-        eq. 61, g f_sigma. A move by more than five deviations of the data is an error of the
-        network, and is cut: repeated, it would drive x_t to where no data is. A coordinate that is
-        known, with no variance in `given`, moves to its value: f_mu is then mu~ of it."""
+        sin^2 phi grad log q(x_t)) / cos phi (Tweedie), and f_mu with it, by g beta_t / sqrt(1 -
+        beta_t); for small steps that is eq. 61, g f_sigma. A move by more than five deviations of
+        the data is an error of the network, and is cut: repeated, it would drive x_t to where no
+        data is. A coordinate that is known, with no variance in `given`, moves to its value: f_mu
+        is then mu~ of it."""
         xp, (cos, sin, from_x0) = self.xp, self._at(t, self.cos, self.sin, self.from_x0)
         gain = sin ** 2 / xp.where(cos > 0, cos, math.inf)  # alpha_bar_T = 0: x_T says nothing
         if search:
@@ -423,16 +429,18 @@ class Gaussian(Diffusion):
         return from_x0 * move / p.variance
 
     def line_search(self, move, p_x0, given):
-        """What to multiply this move by, (n, 1). r takes the errors of coordinates for independent:
-        one that all share would be mended once for each. Let y be observed with noise sigma, C be
-        Cov[x_0 | x_t], and d = (y - mean) / (sin^2 phi + sigma^2), the gradient of log r in the
-        mean. The move is C d, a Gaussian's would be C (C + sigma^2)^-1 (y - mean). A step of
-        conjugate gradients from 0 to this is a C d,
+        """What to multiply this move by, (n, 1). r takes the errors of coordinates for independent,
+        so that one which 100 of them share is corrected 100 times. Let y be observed with noise
+        sigma, C be Cov[x_0 | x_t], and d = (y - mean) / (sin^2 phi + sigma^2), the gradient of log
+        r in the mean. The move is C d; of a Gaussian it should be C (C + sigma^2)^-1 (y - mean).
+        One step of conjugate gradients from 0 to this, preconditioned by sin^2 phi + sigma^2, is
+        a C d with
 
             a = sum d (y - mean) / sum d (C + sigma^2) d
 
-        exact where one coordinate is observed. a is 0 where C is not positive, by an error of the
-        network. gap = y - mean is the difference of the means / (1 - the variances' ratio)."""
+        exact where one coordinate is observed. a = 0 where the sum below is not positive, which is
+        an error of the network. gap = y - mean comes from `given`: (given.mean - mean) / (1 -
+        given.variance / sin^2 phi)."""
         xp, left = self.xp, given.variance / p_x0.variance
         d = (given.mean - p_x0.mean) / p_x0.variance
         gap = xp.where(left < 1, (given.mean - p_x0.mean) / xp.where(left < 1, 1 - left, 1), 0)
@@ -1067,7 +1075,7 @@ class PaperKernel:
     k = sin phi / sqrt(A) and c = e^s - 1, so that the schedule comes in by phi and s alone, this is
 
         v = k (rho (x - h_mu) - x / (1 + sqrt(1 - beta)))        u = (rho e^s - 1) / c
-        drho = rho (1 - beta rho) dh_sigma - rho^2 (1 - e^-h_sigma) dbeta"""
+        drho / dh_sigma = rho (1 - beta rho)        drho / dbeta = -rho^2 (1 - e^-h_sigma)"""
 
     def _terms(self, h, tape):
         xp, (cos, sin), s = tape.xp, angle(tape), tape.s[:, None, None, None]
@@ -1329,7 +1337,8 @@ class Optimiser:
 def objective(kind, q, focus=-1.0):
     """What training descends, as tables over t (T + 1,): frequency, t is drawn in proportion to it;
     weight, of the loss of a drawn t; v_weight, that of (v - v*)^2 in this loss, or None for the KL
-    itself. InputError for an unknown kind.
+    itself. Each kind gives (v - v*)^2 a weight, up to a factor; K's is the KL's own. InputError for
+    an unknown kind.
 
     K        1/2 c_t / (1 + c_t u), and the terms in u: eq. 14
     focused  K's, times 1 + 8 exp(-(level_t - focus)^2 / 25), by which t is drawn as well, and
@@ -1454,8 +1463,9 @@ class DPM:
         return self.with_diffusion(self.diffusion.shortened(S))
 
     def until(self, sigma):
-        """The same model with a chain that begins at data under noise sigma, see Diffusion.until:
-        from there it draws from p(x_0 | x_0 + sigma eps), with no need of an r."""
+        """The same model with a chain that begins at data under noise sigma, see Diffusion.until.
+        For noisy y (n, D), normalised, sample(n, x_T=y / sqrt(1 + sigma^2)) draws from p(x_0 | y),
+        with no need of an r."""
         return self.with_diffusion(self.diffusion.until(sigma))
 
     def resized(self, H, W):
@@ -1474,8 +1484,9 @@ class DPM:
     # Shares and pieces: the only place that knows of them
 
     def deal(self, work, n, all_ranks=False):
-        """work(tape, share, pieces) in every thread: its share of n examples, slice(i, n, shares),
-        and the same in pieces, whose forward, loss and backward fit the cache of a CPU."""
+        """Calls work(tape, share, cuts) in every thread: share is slice(i, n, shares), every
+        shares-th of n examples; cuts are slices of the same, each small enough that its forward,
+        loss and backward fit the cache of a CPU."""
         first = self.comm.rank * self.threads if all_ranks else 0
         shares = self.comm.size * self.threads if all_ranks else self.threads
 
@@ -1515,8 +1526,8 @@ class DPM:
         """The network's z (n, D, outputs) for x (n, D) and t (n,)."""
         z = self.xp.empty((*x.shape, self.diffusion.outputs))
 
-        def work(tape, share, pieces):
-            for i in pieces:
+        def work(tape, share, cuts):
+            for i in cuts:
                 z[i] = self.piece(x[i], t[i], tape)
 
         self.deal(work, len(x))
@@ -1539,10 +1550,14 @@ class DPM:
             K = - sum_{t=2..T} E_q KL[ q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ]
                 + H_q(X_T|X_0) - H_q(X_1|X_0) - H_p(X_T)
 
-        H_p(X_T) = E[-log pi(x_T) + log pi(x_1) - log pi(x_0)] is the paper's constant where E log
-        pi(x_0) over the data is E log pi(x) under pi (eqs. 42-46). With a discretised decoder K is
-        minus DDPM's eq. 5, for the probability of the bytes: - L_T - sum of KLs - L_0, with
-        L_0 = E[-log p(x_0 | x_1)].
+        For t >= 2 Bayes' rule says q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) /
+        q(x_{t-1} | x_0). In the sum of log p / q the first factor gives the KLs; the others cancel
+        but at T and 1, where they are the two H_q. p(x_0 | x_1) is not learned: it is q_step with
+        its ends exchanged, and log p(x_0 | x_1) - log q(x_1 | x_0) = log pi(x_0) - log pi(x_1),
+        since q_step is its own reverse under pi. With log pi(x_T) this is -H_p(X_T), the paper's
+        name: its constant where E log pi(x_0) over the data is E log pi(x) under pi (eqs. 42-46).
+        With a discretised decoder K is minus DDPM's eq. 5, for the probability of the bytes:
+        - L_T - sum of KLs - L_0, with L_0 = E[-log p(x_0 | x_1)].
 
         draws   how many of the T - 1 KLs to draw for each example, spread over all t; None: all
         rng     a generator of NumPy; every block of `batch` examples gets its own from it
@@ -1617,11 +1632,11 @@ class DPM:
         chance, t = xp.asarray(frequency[t] / frequency.sum()), xp.asarray(t)
         factor, loss, xt = weight[t] / (n * D * chance), xp.zeros(n), xp.empty(x0.shape)
 
-        def work(tape, share, pieces):
+        def work(tape, share, cuts):
             rng = generator(xp, "noise", *key, share.start)
             noise = q.distribution.noise(x0[share].shape, rng, self.dtype)
             xt[share] = q.q_jump(x0[share], t[share]).draw(noise)
-            for i in pieces:
+            for i in cuts:
                 z = self.piece(xt[i], t[i], tape)
                 loss[i], dz = self._loss(x0[i], xt[i], t[i], z, v_weight)
                 dx = self.piece_backward(dz * factor[i, None, None], tape)
@@ -1646,7 +1661,7 @@ class DPM:
         """One step against self.grad; returns its norm. Shares take the matrices in turn."""
         norm, number = optimiser.momentum(self.grad), len(optimiser.matrices)
 
-        def work(tape, share, pieces):
+        def work(tape, share, cuts):
             for i in range(number)[share]:
                 optimiser.turn(i)
 
@@ -1974,8 +1989,8 @@ class Posterior:
         t_x, z = xp.full(len(x), t), xp.zeros((*x.shape, q.outputs))
         log_r, g = xp.zeros(len(x)), xp.zeros(x.shape)
 
-        def work(tape, share, pieces):
-            for i in pieces:
+        def work(tape, share, cuts):
+            for i in cuts:
                 z[i] = model.piece(x[i], t_x[i], tape)
                 log_r[i], dmean = self.rows(i).of_x0(q.x0_for_r(x[i], t_x[i], z[i]))
                 dx, dz = q.dp_x0(x[i], t_x[i], z[i], dmean)
