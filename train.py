@@ -34,8 +34,7 @@ from data import evaluation, runs, speed
 
 LN2 = math.log(2)
 SAVE_EVERY = 30  # seconds between checkpoints
-QUARTERS = [f"K_quarter_{i}_bits" for i in (1, 2, 3, 4)]
-COLUMNS = ["step", "seconds", "K_minus_L_null_bits", *QUARTERS]
+COLUMNS = ["step", "seconds", "K_minus_L_null_bits"]
 
 # What is right for vectors (H W = 1), for images, and for bits, where no flag says otherwise
 DEFAULTS = {"vector": dict(steps=9500, batch_size=1024, lr=4e-3, timesteps=40, schedule="logsnr"),
@@ -216,20 +215,18 @@ def optimiser_options(chosen):
 def train(model, optimiser, dataset, out):
     """The loop. Everything random in step s depends on (seed, s) alone, so that a resumed run makes
     the same steps."""
-    xp, about, T, D, q = model.xp, model.about, model.T, model.D, model.diffusion
+    xp, about, D, q = model.xp, model.about, model.D, model.diffusion
     number, steps, seed = about["batch_size"], about["steps"], about["seed"]
     log_every, leads = max(1, steps // 200), model.comm.rank == 0
     tables = dpm.objective(about["objective"], q, about["focus"])
     mean = xp.full((1, D), dataset.mean)
     checkpoint, stopped, saved_step, recent, norm = out / "checkpoint.npz", [], 0, [], 0.0
-    unlogged = np.array(about.get("unlogged", [0.0] * 6))  # sums since the last line of the log
+    unlogged = np.array(about.get("unlogged", [0.0, 0.0]))  # examples and their KLs, not logged yet
     begun, saved_at = time.perf_counter() - about.get("seconds", 0.0), -math.inf
 
     def add_up():
-        for t, kl in recent:
-            t, kl = dpm.to_host(t), dpm.to_host(kl)
-            quarter = np.clip((t - 2) * 4 // (T - 1), 0, 3)
-            unlogged[:] += [len(kl), kl.sum(), *(kl[quarter == i].sum() for i in range(4))]
+        for kl in recent:
+            unlogged[:] += [len(kl), float(kl.sum())]
         recent.clear()
 
     def save():
@@ -253,7 +250,7 @@ def train(model, optimiser, dataset, out):
         while optimiser.step < steps and not model.comm.sum(np.array([len(stopped)]))[0]:
             rng = dpm.generator(dataset.xp, "batch", seed, optimiser.step)
             x0 = xp.asarray(dataset.draw(number, rng, model.dtype))
-            recent.append(model.gradient(x0, seed, optimiser.step, tables=tables))
+            recent.append(model.gradient(x0, seed, optimiser.step, tables=tables)[1])
             norm = model.step(optimiser)
             shown.update(number)
             line_is_due = optimiser.step % log_every == 0 or optimiser.step == steps
@@ -261,10 +258,9 @@ def train(model, optimiser, dataset, out):
                 check_finite(norm)
             if line_is_due:
                 add_up()
-                examples, kl, *quarters = unlogged
+                examples, kl = unlogged
                 climbed = gain(model.diffusion, mean, D) - kl / examples
-                row = [optimiser.step, f"{time.perf_counter() - begun:.1f}", f"{climbed / LN2:.5g}",
-                       *(f"{-quarter / examples / LN2:.5g}" for quarter in quarters)]
+                row = [optimiser.step, f"{time.perf_counter() - begun:.1f}", f"{climbed / LN2:.5g}"]
                 if leads:
                     log(out / "log.csv", row)
                 shown.set_postfix_str(progress_note(model, climbed), refresh=False)
