@@ -29,7 +29,7 @@ import data
 from data import evaluation, figures, observations, runs
 
 SHIPPED = pathlib.Path(__file__).parent / "data" / "mnist" / "model.npz"
-DEFAULT_STEPS = dict(images=50, sequences=None, points=None)    # of posteriors; None: all T
+DEFAULT_STEPS = dict(images=70, sequences=None, points=None)    # of posteriors; None: all T
 DEFAULT_FREE_STEPS = DEFAULT_STEPS | dict(images=evaluation.IMAGE_STEPS)  # of free samples
 NUMBER = dict(images=64, sequences=40, points=2000)             # of free samples
 PART = 4096                     # free samples are drawn and written so many at a time, at most

@@ -12,7 +12,7 @@ import data
 from data import figures
 
 PARTS = "left", "right", "top", "bottom", "center"
-GIVEN = 8                       # how many test examples are completed or denoised
+GIVEN = 6                       # how many test examples are completed or denoised
 
 
 def missing(part, shape, seed=0, hole=None):
