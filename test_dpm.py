@@ -72,7 +72,7 @@ MAP = [  # equation, what it says, where it is in dpm.py, which tests hold it
     ("SD 23, section 2.5", "r along the trajectory",
      "Posterior.predicted Posterior.of_x0 Gaussian.dp_x0 Binomial.dp_x0 Gaussian.guided "
      "Gaussian.line_search",
-     "test_denoising_follows_its_recursion test_r_of_what_a_network_predicts "
+     "test_guidance_by_a_function test_denoising_follows_its_recursion test_r_of_what_a_network_predicts "
      "test_guidance_is_the_posterior_mean"),
     ("SD 24, 25-36", "bounds on the entropy of a reverse step", "entropy_bounds",
      "test_entropy_bounds_of_gaussian_data test_entropy_bounds_of_bits"),
@@ -1466,7 +1466,8 @@ def test_r_of_what_a_network_predicts(q, network, shape, predict, monkeypatch):
 
 @pytest.mark.parametrize("t", [2, 10, 30, 50])
 @pytest.mark.parametrize("seen, y, sigma", [
-    ([0], [1.1], 0.0), ([0], [1.1], 0.7), ([0, 1, 2], [-1.0] * 3, 0.7), ([1, 2], [9e3] * 2, 0.0)])
+    ([0], [1.1], 0.0), ([0], [1.1], 0.7), ([0, 1, 2], [-1.0] * 3, 0.7), ([1, 2], [9e3] * 2, 0.0),
+    ([2], [-9e3], 0.0)])
 def test_guidance_is_the_posterior_mean(t, seen, y, sigma):
     """With the exact kernels of Gaussian data a guided step has the mean of x_{t-1} given x_t and
     y, where one coordinate is observed, or all that are err alike: then the line search is all that
@@ -1488,6 +1489,17 @@ def test_guidance_is_the_posterior_mean(t, seen, y, sigma):
     for law, moved in cases:
         p, _, g = dpm.Posterior(exact_model(q, law, 3), r).predicted(x, t)
         close(p.tilted(g)[0].mean, q.q_back(mean + moved, x, at).mean, rtol=1e-8)
+
+
+@pytest.mark.parametrize("t", [2, 10, 30, 50])
+def test_guidance_by_a_function(t):
+    """log r = b x moves the mean of Gaussian x_0 by C b, however far that is."""
+    b, x, q = np.array([0.3, -0.1, 0.4]), np.full((1, 3), 0.2), gaussian(50, 1e-3)
+    law = correlated(0.8 ** abs(np.arange(3)[:, None] - np.arange(3)))
+    mean, _, cov = law(x, q.alpha_bar[t])
+    r = dpm.Function(lambda x: x @ b, lambda x: b + 0 * x)
+    p, _, g = dpm.Posterior(exact_model(q, law, 3), r).predicted(x, t)
+    close(p.tilted(g)[0].mean, q.q_back(mean + cov(b), x, np.array([t])).mean, rtol=1e-8)
 
 
 def test_a_tilt_where_nothing_is_left_of_x0():
@@ -1551,6 +1563,8 @@ def test_a_chain_that_begins_at_noisy_data(sigma):
     x_T = np.repeat(y, 10_000, 0) / math.sqrt(1 + sigma ** 2)
     x = model.sample(len(x_T), 4, batch=10_000, x_T=x_T)
     K = S @ np.linalg.inv(S + sigma ** 2 * np.eye(2))
+    apart = x_T[:5] + np.arange(5)[:, None]
+    close(*(model.sample(5, x_T=apart, batch=batch) for batch in (2, 5)))  # each from its own
     close(x.mean(0), K @ y[0], atol=5 / math.sqrt(len(x)))
     close(np.cov(x.T), S - K @ S, atol=0.002 + 5 * math.sqrt(2 / len(x)) * (S - K @ S)[0, 0])
 
