@@ -805,19 +805,14 @@ class Rectifier(Layer):
     """y = (x + r) / 2, r = sqrt(x^2 + 1): a max(x, 0) without a corner.        dx = dy y / r"""
 
     def forward(self, x, tape):
-        r = x * x
-        r += 1
-        tape.xp.sqrt(r, out=r)
-        y = x + r
-        y *= 0.5
+        r = tape.xp.sqrt(x * x + 1)
+        y = 0.5 * (x + r)
         tape.saved.append((y, r))
         return y
 
     def backward(self, dy, tape):
         y, r = tape.saved.pop()
-        dx = y / r
-        dx *= dy
-        return dx
+        return y / r * dy
 
 
 # Layers made of layers

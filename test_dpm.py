@@ -72,8 +72,8 @@ MAP = [  # equation, what it says, where it is in dpm.py, which tests hold it
     ("SD 23, section 2.5", "r along the trajectory",
      "Posterior.predicted Posterior.of_x0 Gaussian.dp_x0 Binomial.dp_x0 Gaussian.guided "
      "Gaussian.line_search",
-     "test_guidance_by_a_function test_denoising_follows_its_recursion test_r_of_what_a_network_predicts "
-     "test_guidance_is_the_posterior_mean"),
+     "test_denoising_follows_its_recursion test_r_of_what_a_network_predicts "
+     "test_guidance_is_the_posterior_mean test_guidance_by_a_function"),
     ("SD 24, 25-36", "bounds on the entropy of a reverse step", "entropy_bounds",
      "test_entropy_bounds_of_gaussian_data test_entropy_bounds_of_bits"),
     ("SD 44", "the fixed first step", "DPM.p_back", "test_the_first_step"),
@@ -1554,8 +1554,8 @@ def test_the_denoised_mean_is_the_exact_one():
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 40.0])
 def test_a_chain_that_begins_at_noisy_data(sigma):
     """For data N(0, S) and y = x_0 + sigma eps its samples have the posterior N(K y, S - K S),
-    K = S (S + sigma^2)^-1, up to the length of a step; it ends at the noise of y, which lies between
-    two of the T steps."""
+    K = S (S + sigma^2)^-1, up to the length of a step; it ends at the noise of y, which lies
+    between two of the T steps."""
     S, y = np.array([[1.0, 0.8], [0.8, 1.0]]), np.array([[1.5, -0.5]])
     model = exact_model(gaussian(500, 1e-3), correlated(S), 2).until(sigma)
     assert model.diffusion.alpha_bar[-1] == approx(1 / (1 + sigma ** 2))
