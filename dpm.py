@@ -11,8 +11,9 @@ Run backwards, a small enough step is again a Gaussian. A network that learns it
     p(x_{t-1} | x_t) = N(f_mu(x_t, t), f_sigma(x_t, t))
 
 makes a generative model: draw x_T from pi = N(0, I), then step t = T..2; the last, to x_0, is fixed
-(eq. 44). For data of zeros and ones a step forgets bits instead. The log likelihood of the model has a lower bound K, a sum of entropies
-and of KL divergences, each in closed form (eq. 14). K is what is trained and what is reported.
+(eq. 44). For data of zeros and ones a step forgets bits instead. The log likelihood of the model
+has a lower bound K, a sum of entropies and of KL divergences, each in closed form (eq. 14). K is
+what is trained and what is reported.
 
     1  the diffusions           schedule, Normal, Bernoulli, Gaussian, Binomial
     2  the network language     Tape, layers, readouts, the networks mlp, unet, paper, Optimiser
