@@ -310,10 +310,12 @@ class Diffusion:
     def until(self, sigma):
         """The diffusion of numbers that ends where noise is sigma times as strong as the data: its
         x_T is (x_0 + sigma eps) / sqrt(1 + sigma^2). A sigma below the noise at t = 2, or above
-        that at T, is replaced by that noise."""
-        a = to_host(self.alpha_bar)
-        last = np.clip(1 / (1 + sigma ** 2), a[-1], a[2])
-        return type(self)(np.append(a[a > last + 1e-12], last), self.xp, **self.config)
+        that at T, is replaced by that noise. Its times lie evenly between 1 and the fraction of t
+        with this noise, so that its steps are as long as those the network knows."""
+        t, level = np.arange(1, self.T + 1), to_host(self.level)[1:]
+        last = max(2.0, np.interp(2 * math.log(sigma), level, t))
+        levels = np.interp(np.linspace(1, last, round(last)), t, level)
+        return type(self)(np.append(1, expit(-levels)), self.xp, **self.config)
 
 
 class Gaussian(Diffusion):
