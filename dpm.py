@@ -204,6 +204,11 @@ class Normal:
         product = Normal(self.xp, self.mean + self.variance * g, self.variance)
         return product, (g * (self.mean + product.mean) / 2).sum(1)
 
+    def slope_against(self, other):
+        """The slope in x (n, D) of log(self / other), where other is given the variance of self:
+        other, tilted by it, is self."""
+        return (self.mean - other.mean) / self.variance
+
     def take(self, rows):
         """The distributions of these examples."""
         variance = self.xp.broadcast_to(self.variance, self.mean.shape)
@@ -250,6 +255,10 @@ class Bernoulli:
     def tilted(self, g):
         """The product with exp(g x), normalised, and log Z (n,): the log odds move by g."""
         return self.times(self.xp.zeros(g.shape), g)
+
+    def slope_against(self, other):
+        """What the log odds are above those of other, (n, D): other, tilted by it, is self."""
+        return self.xp.log(self.one / self.zero) - self.xp.log(other.one / other.zero)
 
     def take(self, rows):
         """The distributions of these examples."""
@@ -1167,11 +1176,10 @@ def mlp(channels, readout, outputs, width=128, layers=3, scales=(), edges=(), ti
     return Network(body, readout, *time_layers(time))
 
 
-def unet(channels, readout, outputs, widths=(32, 64, 128), blocks=(1, 1, 1), head=64, scales=(),
-         edges=(), time=128):
-    """For images: residual blocks on the grid of pixels and, between them, the same on a grid half
-    as fine, and so on through `widths`; then a small network at every pixel, the head. blocks: how
-    many there are on each grid before the coarser ones, and as many after."""
+def unet(channels, readout, outputs, widths=(32, 64, 128), head=64, scales=(), edges=(),
+         time=128):
+    """For images: two residual blocks on the grid of pixels and, between them, the same on a grid
+    half as fine, and so on through `widths`; then a small network at every pixel, the head."""
 
     def block(width):
         return Residual(Rectifier(), Conv3x3(width, width), Time(time, width),
@@ -1179,12 +1187,11 @@ def unet(channels, readout, outputs, widths=(32, 64, 128), blocks=(1, 1, 1), hea
 
     def grid(level=0):
         width, *deeper = widths[level:]
-        before, after = ([block(width) for _ in range(blocks[level])] for _ in range(2))
         if not deeper:
-            return [*before, *after]
+            return [block(width), block(width)]
         inner = Cells(Dense(4 * width, deeper[0]), *grid(level + 1),
                       Dense(deeper[0], 4 * width, gain=0))
-        return [*before, Residual(inner), *after]
+        return [block(width), Residual(inner), block(width)]
 
     told, inputs = features(channels, scales, edges)
     context = Sequential(Conv3x3(inputs, widths[0]), Time(time, widths[0]), *grid())
@@ -1332,14 +1339,14 @@ class Optimiser:
 # t, so that one t for each example estimates it and its gradient. Sampling runs the steps that the
 # network gives from t = T down to 1.
 
-def objective(kind, q, focus=-1.0):
+def objective(kind, q):
     """What training descends, as tables over t (T + 1,): frequency, t is drawn in proportion to it;
     weight, of the loss of a drawn t; v_weight, that of (v - v*)^2 in this loss, or None for the KL
     itself. Each kind gives (v - v*)^2 a weight, up to a factor; K's is the KL's own. InputError for
     an unknown kind.
 
     K        1/2 c_t / (1 + c_t u), and the terms in u: eq. 14
-    focused  K's, times 1 + 8 exp(-(level_t - focus)^2 / 25), by which t is drawn as well, and
+    focused  K's, times 1 + 8 exp(-(level_t + 1)^2 / 25), by which t is drawn as well, and
              divided by alpha_bar_t + 0.001: less of the steps below a grey level, whose noise
              nobody can predict, more of those that decide what a picture will be (as in Karras et
              al. 2022)
@@ -1355,7 +1362,7 @@ def objective(kind, q, focus=-1.0):
     weight, v_weight = frequency.copy(), None
     c = xp.where(t > 1, q.c, 0.0) if isinstance(q, Gaussian) else frequency
     if kind == "focused":
-        frequency = frequency * (1 + 8 * xp.exp(-(q.level - focus) ** 2 / 25))
+        frequency = frequency * (1 + 8 * xp.exp(-(q.level + 1) ** 2 / 25))
         weight = frequency / (q.alpha_bar + 1e-3)
         weight = weight * (c.sum() / (weight * c).sum())
     elif kind in ("simple", "mean") and isinstance(q, Gaussian):
@@ -1923,12 +1930,31 @@ class Function:
         return self._checked(self._gradient(x), x.shape, "gradient")
 
 
+class Contrast:
+    """r = (p / p_weak)^w: samples without the model's doubts. weak: a DPM of the same data with
+    fewer weights and less training. It is wrong where the model is, and more so; r leads away from
+    there (Karras et al. 2024, arXiv 2406.02507). p(x_0) is a bound only, so r acts on each step:
+    of p(x_{t-1} | x_t) and p_weak(x_{t-1} | x_t) it makes p^(1 + w) / p_weak^w, normalised. The
+    samples are clearer than the data, and vary less. InputError for w < 0."""
+
+    def __init__(self, weak, w):
+        if not w >= 0:
+            raise InputError(f"the power w of a contrast is 0 or more, not {w}")
+        self.weak, self.w = weak, w
+
+    def tilt(self, model, p, x, t):
+        """What to tilt p = p(x_{t-1} | x_t = x) of the model by, (n, D), for an integer t >= 2."""
+        weak = self.weak.with_diffusion(model.diffusion, model.shape)
+        return self.w * p.slope_against(weak.p_back(x, t))
+
+
 R_SCHEDULES = ("predicted", "constant", "annealed")
 
 
 class Posterior:
     """p(x_0) r(x_0): each p(x_{t-1} | x_t) of a model times r_{t-1}(x_{t-1}), normalised. r is an
-    Observation, a Function, or a list of them: their product. r_0 = r, and r_t is by `schedule`
+    Observation, a Function, a Contrast, or a list of them: their product. r_0 = r, and r_t is by
+    `schedule` (a Contrast has its own)
 
         constant   r                    eq. 23
         annealed   r^((T - t) / T)      section 2.5
@@ -1943,7 +1969,8 @@ class Posterior:
     this were r_t(x_t). Z / r_t is the weight of the step. With `particles` > 1 a sample is one of
     so many chains, which are drawn anew where their weights become uneven: exact in the limit of
     many, if no r_t excludes what r allows (constant and annealed do, for a known value).
-    InputError for another schedule, no particles, or an r of another type."""
+    InputError for another schedule, no particles, an r of another type, or particles with a
+    Contrast, whose weight nobody knows."""
 
     def __init__(self, model, r, schedule="predicted", particles=1):
         if schedule not in R_SCHEDULES:
@@ -1954,8 +1981,11 @@ class Posterior:
         self.model, self.schedule, self.particles = model, schedule, particles
         self.observations = [o for o in r if isinstance(o, Observation)]
         self.functions = [f for f in r if isinstance(f, Function)]
-        if len(self.observations) + len(self.functions) < max(1, len(r)):
-            raise InputError("r must be an Observation, a Function, or a list of them")
+        self.contrasts = [c for c in r if isinstance(c, Contrast)]
+        if len(self.observations + self.functions + self.contrasts) < max(1, len(r)):
+            raise InputError("r must be an Observation, a Function, a Contrast, or a list of them")
+        if self.contrasts and particles > 1:
+            raise InputError("a Contrast has no weight for particles: leave one of them out")
 
     def rows(self, index, particles=1):
         """The Posterior of some of the samples only, each of them `particles` times."""
@@ -1999,7 +2029,7 @@ class Posterior:
         search = not self.functions  # of theirs only the slope is known
         return p, log_r, q.guided(p, t_x, g, p_x0, self.given(p_x0)[0], search)
 
-    def sample(self, number, seed=0, steps=None, batch=64, keep=(), progress=iter):
+    def sample(self, number, seed=0, steps=None, batch=64, keep=(), progress=iter, first=0):
         """Samples (number, D); the arguments are those of DPM.sample. The y of an Observation is
         (D,) or (number, D), and no two know the same coordinate; else InputError."""
         chosen = copy.copy(self)
@@ -2017,19 +2047,28 @@ class Posterior:
             return chosen.rows(rows, self.particles)._draw_batch(rngs, tick, keep)
 
         batch = max(1, batch // self.particles)
-        return model.chains(draw_batch, number, seed, batch, keep, progress)
+        return model.chains(draw_batch, number, seed, batch, keep, progress, first)
 
     def _step(self, x, t):
         """The model's p(x_{t-1} | x_t = x), t >= 1; log r_t(x) (n,); the g to tilt p by, or None;
         and whether p is still to be multiplied by r_{t-1}."""
         model, q = self.model, self.model.diffusion
-        if self.schedule != "predicted":
+        if self.schedule != "predicted" or not self.observations + self.functions:
             return model.p_back(x, t), self._log_r(x, t), None, True
         if t > 1:
             return *self.predicted(x, t), False
         z = model.xp.zeros((*x.shape, q.outputs))  # the fixed first step knows what pi knows
         log_r, _ = self.of_x0(q.x0_for_r(x, model.xp.full(len(x), 1), z))
         return model.p_back(x, 1), log_r, None, True
+
+    def _sharpened(self, p, x, t):
+        """p = p(x_{t-1} | x_t = x) times the Contrasts, which leave known coordinates alone."""
+        for c in self.contrasts if t > 1 else ():
+            g = c.tilt(self.model, p, x, t)
+            for o in self.observations:
+                g = g * (o.sigma > 0)
+            p, _ = p.tilted(g)
+        return p
 
     def _power(self, t):
         return 1 - t / self.model.T if self.schedule == "annealed" else 1.0
@@ -2076,6 +2115,7 @@ class Posterior:
             if t in keep:
                 past[t] = x
             p, log_r, g, multiply = self._step(x, t)
+            p = self._sharpened(p, x, t)
             if N > 1:
                 rows = choose(log_p + log_r)
                 past = {s: a[rows] for s, a in past.items()}
@@ -2115,7 +2155,7 @@ def pick(w, points):
 # A model, or a model and the state of its training, is one .npz file without pickles. It holds its
 # configuration, so that nothing has to be said again to sample from it or to go on with it.
 
-FORMAT = 6
+FORMAT = 7
 
 
 def digest_of(content):

@@ -19,6 +19,7 @@ import dpm  # before numpy: it keeps BLAS to one thread
 
 import argparse
 import itertools
+import math
 import os
 import pathlib
 import shutil
@@ -29,6 +30,8 @@ import data
 from data import evaluation, figures, observations, runs
 
 SHIPPED = pathlib.Path(__file__).parent / "data" / "mnist" / "model.npz"
+WEAK = SHIPPED.with_name("weak.npz")                            # for the --weak of SHIPPED
+SHARPEN = 2                     # --sharpen where there is a weak model: see dpm.Contrast
 DEFAULT_STEPS = dict(images=70, sequences=None, points=None)    # of posteriors; None: all T
 DEFAULT_FREE_STEPS = DEFAULT_STEPS | dict(images=evaluation.IMAGE_STEPS)  # of free samples
 NUMBER = dict(images=64, sequences=40, points=2000)             # of free samples
@@ -55,6 +58,10 @@ def arguments():
                    f"{DEFAULT_FREE_STEPS['images']}; else all)")
     g.add_argument("--eta", metavar="X", type=float,
                    help="noise of the steps: 1 the model's, 0 none, which is DDIM (1)")
+    g.add_argument("--weak", metavar="PATH", help="a worse model of the same data: samples keep "
+                   "away from its errors (for the shipped digits data/mnist/weak.npz)")
+    g.add_argument("--sharpen", metavar="W", type=float,
+                   help=f"how far away, see dpm.Contrast; 0: not at all ({SHARPEN})")
     g = p.add_argument_group("posterior samples, from p(x) r(x)")
     one = g.add_mutually_exclusive_group()
     one.add_argument("--inpaint", metavar="PART", nargs="?", const="left",
@@ -98,6 +105,12 @@ def check(args):
         raise dpm.InputError("--hole goes with --inpaint center")
     if args.mode == "samples" and (args.input or args.particles or args.r_schedule):
         raise dpm.InputError("--input, --particles and --r-schedule go with --inpaint or --denoise")
+    if args.sharpen is not None and not 0 <= args.sharpen < math.inf:
+        raise dpm.InputError(f"--sharpen takes a number from 0, not {args.sharpen}")
+    if args.weak or args.sharpen:
+        if args.mode == "denoise" or args.particles or args.eta is not None:
+            raise dpm.InputError("--weak and --sharpen are for free samples and --inpaint, without "
+                                 "--particles and --eta")
     if args.eta is not None and not 0 <= args.eta <= 1:
         raise dpm.InputError(f"--eta lies between 0 and 1, not at {args.eta}")
     if args.mode != "samples" and args.eta is not None:
@@ -149,13 +162,27 @@ def check_room(model, args, chains, path):
 # What comes out
 # -------------------------------------------------------------------------------------------------
 
+def contrast(model, args, checkpoint):
+    """The Contrast that sharpens the samples, in a list; or an empty list."""
+    plain = args.mode == "denoise" or args.particles or args.eta is not None or args.sharpen == 0
+    path = args.weak or (WEAK if checkpoint == SHIPPED else None)
+    if args.sharpen and path is None:
+        raise dpm.InputError("--sharpen needs a worse model of the same data: --weak PATH")
+    if plain or path is None:
+        return []
+    weak = runs.load(path := runs.checkpoint_in(path), model.xp)
+    if weak.about["digest"] != model.about["digest"] or weak.shape != model.shape:
+        raise dpm.InputError(f"--weak {path}: a model of other data")
+    return [dpm.Contrast(weak, SHARPEN if args.sharpen is None else args.sharpen)]
+
+
 def sampler(model, args, r, x_T):
-    """A function that draws n samples: posterior where there is an r, or else free, from x_T where
-    that is given."""
+    """A function that draws n samples: posterior where there is an r, a list, or else free, from
+    x_T where that is given."""
     batch = (2 ** 16 if model.xp is np else 2 ** 20) // model.D
     options = dict(seed=args.seed, batch=max(model.threads, min(1024, batch)),
                    progress=lambda ticks: runs.bar(ticks, "reverse steps"))
-    if r is None:
+    if not r:
         options |= dict(eta=1.0 if args.eta is None else args.eta)
         return lambda n, **more: model.sample(
             n, x_T=None if x_T is None else x_T[:n], **options, **more)
@@ -196,7 +223,7 @@ def main():
     model = runs.load(checkpoint, xp := dpm.backend(args.gpu), runs.ranks(xp))
     say = print if model.comm.rank == 0 else lambda *_, **__: None
     whole, kind, shape, dataset = model, figures.kind_of(model), model.shape, None
-    binary = model.about["binary"]
+    binary, sharpen = model.about["binary"], contrast(model, args, checkpoint)
     try:
         dataset = runs.load_for(model)
     except dpm.InputError:
@@ -218,12 +245,13 @@ def main():
     if not free and not args.input:
         truth = observations.test_examples(dataset, args)
         number = len(truth)                         # there may be fewer than the default
-    r, x_T, unknown, sets, extra, arrays = None, None, None, {}, {}, {}
+    r, x_T, unknown, sets, extra, arrays = sharpen, None, None, {}, {}, {}
     if not free:
-        given, unknown, r = observations.observed(model, args, truth, draws)
+        given, unknown, observation = observations.observed(model, args, truth, draws)
+        r = [observation, *sharpen]
         if args.mode == "denoise" and not (binary or args.particles or args.r_schedule):
             model, x_T = observations.begun(model, np.repeat(given, draws, 0), args.denoise)
-            r = None                                # noise under data is what the chain undoes
+            r = []                                  # noise under data is what the chain undoes
         noisy = args.input and args.mode == "denoise"
         sets = ({} if noisy else {"truth": truth[:, None]}) | {"given": given[:, None]}
         arrays = {name: model.raw(x[:, 0]) for name, x in sets.items()}
@@ -231,7 +259,8 @@ def main():
 
     say(f"{checkpoint} on {runs.device_name(model.xp)}: {number} "
         f"{kind if number > 1 else kind[:-1]} of {data.printable(model.about['dataset'])}, "
-        f"{model.T} of T = {whole.T} steps", flush=True)
+        f"{model.T} of T = {whole.T} steps"
+        f"{f', sharpened by {sharpen[0].w:g}' if sharpen else ''}", flush=True)
 
     for path in paths.values() if model.comm.rank == 0 else ():
         runs.writable(path)                         # an error now, and not at the end

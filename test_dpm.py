@@ -74,6 +74,9 @@ MAP = [  # equation, what it says, where it is in dpm.py, which tests hold it
      "Gaussian.line_search",
      "test_denoising_follows_its_recursion test_r_of_what_a_network_predicts "
      "test_guidance_is_the_posterior_mean test_guidance_by_a_function"),
+    ("SD section 2.5", "times (p / p_weak)^w", "Contrast Normal.slope_against "
+     "Bernoulli.slope_against",
+     "test_a_contrast_is_a_ratio_of_kernels test_a_contrast_follows_its_recursion"),
     ("SD 24, 25-36", "bounds on the entropy of a reverse step", "entropy_bounds",
      "test_entropy_bounds_of_gaussian_data test_entropy_bounds_of_bits"),
     ("SD 44", "the fixed first step", "DPM.p_back", "test_the_first_step"),
@@ -137,7 +140,7 @@ def binomial(T=12, beta_1=1e-2, kind="cosine", rate=0.3, **options):
 BYTES = dict(half=0.25, ends=[-0.75, 0.75])  # a decoder of four grey levels
 FEATURES = dict(scales=(0, 2), edges=(-1.0, 0.3))
 SIZES = dict(mlp=dict(width=16, layers=2, time=8, **FEATURES),
-             unet=dict(widths=(4, 6), blocks=(1, 1), head=5, time=8, **FEATURES),
+             unet=dict(widths=(4, 6), head=5, time=8, **FEATURES),
              paper=dict(pools=(1, 2, 3), maps=2, hidden=5, width=6, bumps=3))
 NETWORKS = [("mlp", (1, 1, 3)), ("unet", (5, 7, 2)), ("paper", (5, 4, 2))]
 
@@ -1608,6 +1611,7 @@ def test_bad_observations(y, sigma, says):
 @pytest.mark.parametrize("r, options, says", [
     ("ink", {}, "r must be"), ([], {}, "r must be"), ([CURVE, "ink"], {}, "r must be"),
     ([dpm.Observation([1.0, 0], [0, np.inf])] * 2, {}, "two observations know"),
+    (dpm.Contrast(gaussian_model(D=2), 1), dict(particles=2), "no weight for particles"),
     (CURVE, dict(particles=0), "1 particle"), (CURVE, dict(schedule="linear"), "no r-schedule"),
     (dpm.Function(lambda x: x, lambda x: x), dict(particles=2), "log_r of your r returns"),
     (dpm.Function(lambda x: x[:, 0], lambda x: 1.0), {}, "returns float"),
@@ -1618,6 +1622,49 @@ def test_bad_r(r, options, says):
         dpm.Posterior(gaussian_model(D=2), r, **options).sample(4)
     with refused("0 or 1"):
         dpm.Posterior(bits()[0], dpm.Observation([0.5, 1, 0], [0, np.inf, np.inf])).sample(4)
+    for w in (-1, math.nan):
+        with refused("0 or more"):
+            dpm.Contrast(gaussian_model(), w)
+
+
+def test_a_contrast_is_a_ratio_of_kernels():
+    """p, tilted by w times its slope against p_weak, is p^(1 + w) / p_weak^w, normalised: their
+    logs differ by the same constant at every x. p_weak counts with the variance of p."""
+    (mean, other, x, x_2), variance = rng(80).standard_normal((4, 5, 3)), 0.1 + rng(81).random(3)
+    one, other_one = rng(82).random((2, 5, 3))
+    for p, weak, normal in (
+            (dpm.Normal(np, mean, variance), dpm.Normal(np, other, variance), True),
+            (dpm.Bernoulli(np, one, 1 - one), dpm.Bernoulli(np, other_one, 1 - other_one), False)):
+        a, b = (x, x_2) if normal else (x > 0, x_2 > 0)
+        tilted, _ = p.tilted(1.7 * p.slope_against(weak))
+        found, expected = (d(a) - d(b) for d in (
+            tilted.log_density, lambda x: 2.7 * p.log_density(x) - 1.7 * weak.log_density(x)))
+        close(found, expected)
+
+
+def test_a_contrast_follows_its_recursion():
+    """Kernels of Gaussian data are linear in x_t, and so is their contrast, whose chain has a
+    variance that goes back step by step. A known coordinate is left alone, of a model and itself
+    there is no contrast, and the last step, which is fixed, has none."""
+    model, weak, w = gaussian_model(0.5, D=2), gaussian_model(1.5, D=2), 1.5
+    variance, one = 1.0, np.ones((1, 2))
+    for t in range(50, 0, -1):
+        p, p_weak = model.p_back(one, t), weak.p_back(one, t)
+        slope = (p.mean + w * (p.mean - p_weak.mean))[0, 0]
+        variance = slope ** 2 * variance + np.broadcast_to(p.variance, (1, 2))[0, 0]
+    assert variance < 0.3  # p has 0.5
+    posterior = dpm.Posterior(model, dpm.Contrast(weak, w))
+    x = posterior.sample(20_000, 4, batch=20_000)
+    assert x.var() == approx(variance, rel=0.02) and abs(x.mean()) < 0.01
+    close(posterior.sample(2, 4, first=7), x[7:9])
+    close(dpm.Posterior(model, dpm.Contrast(model, w)).sample(9, 4), model.sample(9, 4))
+    r = [dpm.Observation([0.7, 0], [0, np.inf]), dpm.Contrast(weak, w)]
+    for schedule in dpm.R_SCHEDULES:
+        x = np.array([[1.3, -0.4]])
+        p, p_weak = (m.p_back(x, 20) for m in (model, weak))
+        moved = dpm.Posterior(model, r, schedule)._sharpened(p, x, 20).mean
+        close(moved, p.mean + [0, w] * (p.mean - p_weak.mean))
+        assert dpm.Posterior(model, r, schedule)._sharpened(p, x, 1) is p
 
 
 def test_resampling():
@@ -2717,7 +2764,6 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
             ("folder without pictures", "--dataset", "folder"),
             ("expected one argument", "--dataset"), ("invalid int value", "--steps", "x"),
             ("invalid choice", "--objective", "L"), ("unrecognized", "--focal", "3"),
-            ("--focus goes with", *heartbeat, "--focus", 3),
             ("is for numbers", *heartbeat, "--schedule", "learned"),
             ("--objective is for numbers", *heartbeat, "--objective", "simple"),
             ("--variance is for numbers", *heartbeat, "--variance", "beta"),
@@ -2737,8 +2783,6 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
             ("one number of steps", "--steps", 3, 4), ("--batch-size must be", "--batch-size", -1),
             ("--batch-size must be", "--batch-size", 10 ** 11),
             ("those of a U-Net", "--widths", 8), ("--widths must be", *bytes_of, "--widths", 8, 0),
-            ("those of a U-Net", "--blocks", 1), ("--blocks must be", *bytes_of, "--blocks", 1, 2),
-            ("--focus must be", *bytes_of, "--focus", "nan"),
             ("at most ten numbers", *bytes_of, "--widths", *[4] * 11),
             ("--timesteps must be", "--timesteps", 1), ("--timesteps", "--timesteps", 10 ** 11),
             ("--threads must be", "--threads", 0), ("--seed must not", "--seed", -1),

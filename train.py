@@ -42,11 +42,11 @@ DEFAULTS = {"vector": dict(steps=9500, batch_size=1024, lr=4e-3, timesteps=40, s
                        objective="focused")}
 BITS = {"vector": dict(steps=12000, batch_size=512, lr=4e-3, timesteps=2000, schedule="cosine"),
         "image": dict(steps=10000, batch_size=16, lr=3e-3, timesteps=1000, schedule="cosine")}
-ALWAYS = dict(rate=None, objective="K", focus=-1.0, variance="learned", predict="v",
-              decoder="dequantised", network=None, widths=None, blocks=None, seed=0,
-              dtype="float32", crop=None, resize=None, flips=False)
+ALWAYS = dict(rate=None, objective="K", variance="learned", predict="v",
+              decoder="dequantised", network=None, widths=None, seed=0, dtype="float32",
+              crop=None, resize=None, flips=False)
 SIZES = {"mlp": dict(width=128, layers=3, scales=(0, 1, 2, 3, 4, 5), time=64),
-         "unet": dict(widths=(32, 64, 128), blocks=(1, 1, 1), head=64, scales=(1, 3, 5)),
+         "unet": dict(widths=(32, 64, 128), head=64, scales=(1, 3, 5)),
          "paper": dict(maps=8, hidden=256, width=64, bumps=10)}
 FIXED = ("dataset", "batch_size", "lr", "timesteps", "schedule", *ALWAYS)  # for a run's life
 
@@ -86,8 +86,6 @@ def arguments():
                    help="mlp for vectors, unet for images, or the paper's: paper")
     g.add_argument("--widths", metavar="N", type=int, nargs="+",
                    help="channels of the U-Net, from fine to coarse [32 64 128]")
-    g.add_argument("--blocks", metavar="N", type=int, nargs="+",
-                   help="its residual blocks on each of these grids, down and up [1 1 1]")
     g.add_argument("--timesteps", metavar="T", type=int,
                    help=f"steps of the diffusion {show('timesteps')}")
     schedules = "logsnr", "paper", "linear", "cosine", "learned"
@@ -95,8 +93,6 @@ def arguments():
                    help=f"of beta_t: {', '.join(schedules)} [logsnr; bits: cosine]")
     g.add_argument("--objective", metavar="NAME", choices=["K", "focused", "simple", "mean"],
                    help="what training descends: K, focused, simple, mean [K | focused | K]")
-    g.add_argument("--focus", metavar="X", type=float, help="the level, log of noise over signal, "
-                   "that `focused` trains most [-1]")
     g.add_argument("--variance", metavar="NAME", choices=["learned", "beta", "posterior"],
                    help="f_sigma: learned, beta, posterior [learned]")
     g.add_argument("--predict", metavar="NAME", choices=["v", "eps"],
@@ -119,14 +115,13 @@ def settings(args, dataset):
         chosen["network"] = "mlp" if kind == "vector" else "unet"
     if chosen["network"] == "unet":
         chosen["widths"] = chosen["widths"] or list(SIZES["unet"]["widths"])
-        chosen["blocks"] = chosen["blocks"] or [1] * len(chosen["widths"])
     if chosen["schedule"] == "learned" and "objective" not in given:
         chosen["objective"] = "K"
     if chosen["network"] == "paper" and "predict" not in given:
         chosen["predict"] = "paper"
     check(args, chosen, dataset)
     sizes = dict(SIZES[chosen["network"]])
-    sizes |= {name: chosen[name] for name in ("widths", "blocks") if chosen[name]}
+    sizes |= dict(widths=chosen["widths"]) if chosen["widths"] else {}
     if dataset.binary:
         sizes.pop("scales", None)
     elif chosen["network"] != "paper":
@@ -169,17 +164,11 @@ def check(args, chosen, dataset):
          "--network paper can't weigh its mean alone: omit --objective"),
         (paper and c["variance"] != "learned",
          "--network paper has its own variance, eq. 64: omit --variance"),
-        ((c["widths"] or c["blocks"]) and c["network"] != "unet",
-         f"--widths and --blocks are those of a U-Net, and the network is {c['network']}"),
+        (c["widths"] and c["network"] != "unet",
+         f"--widths are those of a U-Net, and the network is {c['network']}"),
         (c["widths"] and not (len(c["widths"]) <= 10 and all(
             type(width) is int and 0 < width <= 1024 for width in c["widths"])),
          f"--widths must be at most ten numbers of 1 to 1024, not {str(c['widths']):.50}"),
-        (c["blocks"] and not (len(c["blocks"]) == len(c["widths"] or ()) and all(
-            type(number) is int and 0 <= number <= 100 for number in c["blocks"])),
-         f"--blocks must be a number of 0 to 100 for each of --widths, not {str(c['blocks']):.50}"),
-        (not abs(c["focus"]) <= 100, f"--focus must be between -100 and 100, not {c['focus']}"),
-        (c["focus"] != ALWAYS["focus"] and c["objective"] != "focused",
-         "--focus goes with --objective focused"),
         (c["network"] == "mlp" and dataset.shape[:2] != (1, 1),
          f"--network mlp is for vectors; {name} holds images"),
     ]
@@ -218,7 +207,7 @@ def train(model, optimiser, dataset, out):
     xp, about, D, q = model.xp, model.about, model.D, model.diffusion
     number, steps, seed = about["batch_size"], about["steps"], about["seed"]
     log_every, leads = max(1, steps // 200), model.comm.rank == 0
-    tables = dpm.objective(about["objective"], q, about["focus"])
+    tables = dpm.objective(about["objective"], q)
     mean = xp.full((1, D), dataset.mean)
     checkpoint, stopped, saved_step, recent, norm = out / "checkpoint.npz", [], 0, [], 0.0
     unlogged = np.array(about.get("unlogged", [0.0, 0.0]))  # examples and their KLs, not logged yet
