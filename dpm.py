@@ -1944,7 +1944,7 @@ class Contrast:
 
     def tilt(self, model, p, x, t):
         """What to tilt p = p(x_{t-1} | x_t = x) of the model by, (n, D), for an integer t >= 2."""
-        weak = self.weak.with_diffusion(model.diffusion, model.shape)
+        weak = self.weak.resized(*model.shape[:2]).with_diffusion(model.diffusion)
         return self.w * p.slope_against(weak.p_back(x, t))
 
 

@@ -2616,6 +2616,8 @@ def test_free_samples(place):
     assert (still == again).all() and (still != a.samples).all()
     assert (drawn(place, "--number", 3, "--steps", 4).samples != a.samples).all()
     assert (drawn(place, "--number", 3, "--steps", 8).samples == a.samples).all()
+    few = place.runs / "digits", "--sharpen", 0.5  # of a model and itself there is no contrast
+    assert (drawn(place, "--number", 3, "--weak", *few).samples == a.samples).all()
     assert drawn(place, "--number", 50, run="roll").samples.shape == (50, 2)
     assert set(np.unique(drawn(place, "--number", 4, run="heartbeat").samples)) <= {0, 1}
     assert drawn(place, "--number", 2, run="colours").samples.shape == (2, 192)
@@ -2832,6 +2834,11 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
             ("--denoise takes", *known, "--denoise", "1e300"),
             ("--denoise takes", *known, "--denoise", "1e-300"),
             ("--denoise takes", *known, "--denoise", "nan"),
+            ("--sharpen takes", *known, "--sharpen", -1), ("needs a worse", *known, "--sharpen", 1),
+            ("--sharpen takes", *known, "--sharpen", "nan"),
+            ("without --particles", *known, "--denoise", 1, "--weak", digits),
+            ("without --particles", *known, "--weak", digits, "--eta", 1),
+            ("of other data", *known, "--weak", roll), ("no such", *known, "--weak", "nowhere"),
             ("--hole goes with", *known, "--hole", 3), ("go with", *known, "--particles", 4),
             ("8 x 8 pixels", *known, "--inpaint", "center", "--hole", 8),
             ("40 test examples", *known, "--inpaint", "--number", 41),
