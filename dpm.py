@@ -1949,6 +1949,7 @@ class Contrast:
 
 
 R_SCHEDULES = ("predicted", "constant", "annealed")
+DECISIVE = -2, 4  # levels: above, x_t says little of x_0; below, only details are left open
 
 
 class Posterior:
@@ -1969,23 +1970,28 @@ class Posterior:
     this were r_t(x_t). Z / r_t is the weight of the step. With `particles` > 1 a sample is one of
     so many chains, which are drawn anew where their weights become uneven: exact in the limit of
     many, if no r_t excludes what r allows (constant and annealed do, for a known value).
-    InputError for another schedule, no particles, an r of another type, or particles with a
-    Contrast, whose weight nobody knows."""
 
-    def __init__(self, model, r, schedule="predicted", particles=1):
+    With `repeats` > 1 the steps from DECISIVE levels are made so many times, each time after q_step
+    has led from x_{t-1} up to another x_t. This is Gibbs sampling of the pair at every noise, and
+    x_t forgets what earlier steps did wrong (as in Lugmayr et al. 2022, arXiv 2201.09865).
+    InputError for another schedule, fewer than one particle or repeat, an r of another type, or
+    particles with repeats or a Contrast, whose weights nobody knows."""
+
+    def __init__(self, model, r, schedule="predicted", particles=1, repeats=1):
         if schedule not in R_SCHEDULES:
             raise InputError(f"no r-schedule '{schedule}': choose {', '.join(R_SCHEDULES)}")
-        if particles < 1:
-            raise InputError(f"there must be 1 particle or more, not {particles}")
+        if min(particles, repeats) < 1:
+            raise InputError(f"particles and repeats must be 1 or more, not {particles}, {repeats}")
         r = list(r) if isinstance(r, (list, tuple)) else [r]
-        self.model, self.schedule, self.particles = model, schedule, particles
+        self.model, self.schedule = model, schedule
+        self.particles, self.repeats = particles, repeats
         self.observations = [o for o in r if isinstance(o, Observation)]
         self.functions = [f for f in r if isinstance(f, Function)]
         self.contrasts = [c for c in r if isinstance(c, Contrast)]
         if len(self.observations + self.functions + self.contrasts) < max(1, len(r)):
             raise InputError("r must be an Observation, a Function, a Contrast, or a list of them")
-        if self.contrasts and particles > 1:
-            raise InputError("a Contrast has no weight for particles: leave one of them out")
+        if particles > 1 and (self.contrasts or repeats > 1):
+            raise InputError("neither a Contrast nor repeats go with particles: omit these")
 
     def rows(self, index, particles=1):
         """The Posterior of some of the samples only, each of them `particles` times."""
@@ -2070,6 +2076,11 @@ class Posterior:
             p, _ = p.tilted(g)
         return p
 
+    def _times(self, t):
+        """How often step t is made."""
+        low, high = DECISIVE
+        return self.repeats if low <= float(self.model.diffusion.level[t]) <= high else 1
+
     def _power(self, t):
         return 1 - t / self.model.T if self.schedule == "annealed" else 1.0
 
@@ -2114,14 +2125,18 @@ class Posterior:
         for t in range(model.T, 0, -1):
             if t in keep:
                 past[t] = x
-            p, log_r, g, multiply = self._step(x, t)
-            p = self._sharpened(p, x, t)
-            if N > 1:
-                rows = choose(log_p + log_r)
-                past = {s: a[rows] for s, a in past.items()}
-                p, log_r, g = p.take(rows), log_r[rows], None if g is None else g[rows]
-            x, log_p = self._draw(p, t - 1, g, multiply, rngs)
-            log_p = log_p - log_r
+            for again in reversed(range(self._times(t))):
+                p, log_r, g, multiply = self._step(x, t)
+                p = self._sharpened(p, x, t)
+                if N > 1:
+                    rows = choose(log_p + log_r)
+                    past = {s: a[rows] for s, a in past.items()}
+                    p, log_r, g = p.take(rows), log_r[rows], None if g is None else g[rows]
+                x, log_p = self._draw(p, t - 1, g, multiply, rngs)
+                log_p = log_p - log_r
+                if again:
+                    up = model.diffusion.q_step(x, xp.full(len(x), t))
+                    x, _ = self._draw(up, t, None, False, rngs)
             tick()
         if N > 1:
             rows = choose(log_p + self._log_r(x, 0), last=True)

@@ -32,7 +32,8 @@ from data import evaluation, figures, observations, runs
 SHIPPED = pathlib.Path(__file__).parent / "data" / "mnist" / "model.npz"
 WEAK = SHIPPED.with_name("weak.npz")                            # for the --weak of SHIPPED
 SHARPEN = 2                     # --sharpen where there is a weak model: see dpm.Contrast
-DEFAULT_STEPS = dict(images=70, sequences=None, points=None)    # of posteriors; None: all T
+REPEATS = 5                     # --repeats of completed images: see dpm.Posterior
+DEFAULT_STEPS = dict(images=35, sequences=None, points=None)    # of posteriors; None: all T
 DEFAULT_FREE_STEPS = DEFAULT_STEPS | dict(images=evaluation.IMAGE_STEPS)  # of free samples
 NUMBER = dict(images=64, sequences=40, points=2000)             # of free samples
 PART = 4096                     # free samples are drawn and written so many at a time, at most
@@ -74,6 +75,8 @@ def arguments():
     g.add_argument("--input", metavar="FILE", nargs="+",
                    help="your own pictures, to complete, or noisy ones")
     g.add_argument("--particles", metavar="N", type=int, help="weighted chains for each sample (1)")
+    g.add_argument("--repeats", metavar="N", type=int, help="steps at which a picture is decided are "
+                   f"made so many times (--inpaint of images: {REPEATS}; else 1)")
     g.add_argument("--r-schedule", metavar="NAME", choices=dpm.R_SCHEDULES,
                    help=f"r on the way, see dpm.Posterior: {', '.join(dpm.R_SCHEDULES)}")
     g = p.add_argument_group("how, and where to")
@@ -92,7 +95,7 @@ def arguments():
 
 def check(args):
     """What is wrong with the flags, whatever the model is."""
-    for name, least in dict(number=1, seed=0, hole=1, particles=1).items():
+    for name, least in dict(number=1, seed=0, hole=1, particles=1, repeats=1).items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise dpm.InputError(f"--{name} must be {least} or more, not {value}")
@@ -105,6 +108,8 @@ def check(args):
         raise dpm.InputError("--hole goes with --inpaint center")
     if args.mode == "samples" and (args.input or args.particles or args.r_schedule):
         raise dpm.InputError("--input, --particles and --r-schedule go with --inpaint or --denoise")
+    if args.repeats and args.mode != "inpaint":
+        raise dpm.InputError("--repeats goes with --inpaint")
     if args.sharpen is not None and not 0 <= args.sharpen < math.inf:
         raise dpm.InputError(f"--sharpen takes a number from 0, not {args.sharpen}")
     if args.weak or args.sharpen:
@@ -186,7 +191,9 @@ def sampler(model, args, r, x_T):
         options |= dict(eta=1.0 if args.eta is None else args.eta)
         return lambda n, **more: model.sample(
             n, x_T=None if x_T is None else x_T[:n], **options, **more)
-    posterior = dpm.Posterior(model, r, args.r_schedule or "predicted", args.particles or 1)
+    several = args.mode == "inpaint" and not args.particles and figures.kind_of(model) == "images"
+    posterior = dpm.Posterior(model, r, args.r_schedule or "predicted", args.particles or 1,
+                              args.repeats or (REPEATS if several else 1))
     return lambda n, **more: posterior.rows(slice(n)).sample(n, **options, **more)
 
 
@@ -287,6 +294,10 @@ def main():
         usual = observations.nearest(dataset, dataset.held_out(len(distance)))[1]
         say(f"nearest training image: {distance.mean():.3f} away, root mean square in units of the "
             f"data's deviation; for test images it is {usual.mean():.3f}")
+        if free and min(len(first), len(usual)) >= 40:
+            found = evaluation.distances(dataset, first)
+            say(f"Frechet distance from training images: {found['frechet']:.1f}; for test images "
+                f"it is {found['frechet_test']:.1f}")
         arrays["nearest"] = model.raw(near)
         if args.mode == "inpaint":
             extra["the training image nearest to the first of them"] = near[:, None]

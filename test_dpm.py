@@ -76,7 +76,7 @@ MAP = [  # equation, what it says, where it is in dpm.py, which tests hold it
      "test_guidance_is_the_posterior_mean test_guidance_by_a_function"),
     ("SD section 2.5", "times (p / p_weak)^w", "Contrast Normal.slope_against "
      "Bernoulli.slope_against",
-     "test_a_contrast_is_a_ratio_of_kernels test_a_contrast_follows_its_recursion"),
+     "test_a_contrast_is_a_ratio_of_kernels test_contrast_and_repeats_follow_their_recursion"),
     ("SD 24, 25-36", "bounds on the entropy of a reverse step", "entropy_bounds",
      "test_entropy_bounds_of_gaussian_data test_entropy_bounds_of_bits"),
     ("SD 44", "the fixed first step", "DPM.p_back", "test_the_first_step"),
@@ -1611,8 +1611,9 @@ def test_bad_observations(y, sigma, says):
 @pytest.mark.parametrize("r, options, says", [
     ("ink", {}, "r must be"), ([], {}, "r must be"), ([CURVE, "ink"], {}, "r must be"),
     ([dpm.Observation([1.0, 0], [0, np.inf])] * 2, {}, "two observations know"),
-    (dpm.Contrast(gaussian_model(D=2), 1), dict(particles=2), "no weight for particles"),
-    (CURVE, dict(particles=0), "1 particle"), (CURVE, dict(schedule="linear"), "no r-schedule"),
+    (dpm.Contrast(gaussian_model(D=2), 1), dict(particles=2), "go with particles"),
+    (CURVE, dict(particles=2, repeats=2), "go with particles"),
+    (CURVE, dict(repeats=0), "1 or more"), (CURVE, dict(particles=0), "1 or more"), (CURVE, dict(schedule="linear"), "no r-schedule"),
     (dpm.Function(lambda x: x, lambda x: x), dict(particles=2), "log_r of your r returns"),
     (dpm.Function(lambda x: x[:, 0], lambda x: 1.0), {}, "returns float"),
     (dpm.Function(lambda x: x[:, 0], lambda x: x * np.nan), {}, "NaN")])
@@ -1642,21 +1643,32 @@ def test_a_contrast_is_a_ratio_of_kernels():
         close(found, expected)
 
 
-def test_a_contrast_follows_its_recursion():
+@pytest.mark.parametrize("w, repeats, steps", [(1.5, 1, None), (0.0, 3, 10), (1.5, 3, 10)])
+def test_contrast_and_repeats_follow_their_recursion(w, repeats, steps):
     """Kernels of Gaussian data are linear in x_t, and so is their contrast, whose chain has a
-    variance that goes back step by step. A known coordinate is left alone, of a model and itself
-    there is no contrast, and the last step, which is fixed, has none."""
-    model, weak, w = gaussian_model(0.5, D=2), gaussian_model(1.5, D=2), 1.5
-    variance, one = 1.0, np.ones((1, 2))
-    for t in range(50, 0, -1):
+    variance that goes back step by step, and up by q_step."""
+    model, weak = gaussian_model(0.5, D=2).shortened(steps or 50), gaussian_model(1.5, D=2)
+    weak, q = weak.with_diffusion(model.diffusion), model.diffusion
+    variance, one, extra = 1.0, np.ones((1, 2)), 0
+    for t in range(model.T, 0, -1):
         p, p_weak = model.p_back(one, t), weak.p_back(one, t)
         slope = (p.mean + w * (p.mean - p_weak.mean))[0, 0]
-        variance = slope ** 2 * variance + np.broadcast_to(p.variance, (1, 2))[0, 0]
-    assert variance < 0.3  # p has 0.5
-    posterior = dpm.Posterior(model, dpm.Contrast(weak, w))
+        step = lambda v: slope ** 2 * v + np.broadcast_to(p.variance, (1, 2))[0, 0]
+        variance = step(variance)
+        for _ in range((repeats - 1) * (-2 <= q.level[t] <= 4)):
+            variance, extra = step((1 - q.beta[t]) * variance + q.beta[t]), extra + 1
+    assert variance < 0.3 if w else variance == approx(0.5, rel=0.1)  # p has about 0.5
+    assert extra == 0 if repeats == 1 else 4 < extra < 2 * model.T
+    posterior = dpm.Posterior(model, dpm.Contrast(weak, w), repeats=repeats)
     x = posterior.sample(20_000, 4, batch=20_000)
     assert x.var() == approx(variance, rel=0.02) and abs(x.mean()) < 0.01
     close(posterior.sample(2, 4, first=7), x[7:9])
+
+
+def test_what_a_contrast_leaves_alone():
+    """A known coordinate, and the last step, which is fixed. Of a model and itself there is no
+    contrast."""
+    model, weak, w = gaussian_model(0.5, D=2), gaussian_model(1.5, D=2), 1.5
     close(dpm.Posterior(model, dpm.Contrast(model, w)).sample(9, 4), model.sample(9, 4))
     r = [dpm.Observation([0.7, 0], [0, np.inf]), dpm.Contrast(weak, w)]
     for schedule in dpm.R_SCHEDULES:
@@ -2839,6 +2851,8 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
             ("without --particles", *known, "--denoise", 1, "--weak", digits),
             ("without --particles", *known, "--weak", digits, "--eta", 1),
             ("of other data", *known, "--weak", roll), ("no such", *known, "--weak", "nowhere"),
+            ("--repeats goes", *known, "--repeats", 2), ("--repeats must", *known, "--repeats", 0),
+            ("go with particles", *known, "--inpaint", "--repeats", 2, "--particles", 2),
             ("--hole goes with", *known, "--hole", 3), ("go with", *known, "--particles", 4),
             ("8 x 8 pixels", *known, "--inpaint", "center", "--hole", 8),
             ("40 test examples", *known, "--inpaint", "--number", 41),

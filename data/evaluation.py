@@ -128,17 +128,21 @@ def bits_per_dim(r, D, model):
 
 
 def sample_measure(model, dataset, steps=50, number=500):
-    """How far samples are from training images, and as many test images, see frechet; nothing where
-    fewer than 40 are held out."""
-    test, steps = dataset.held_out(number), min(steps, model.T)
-    if len(test) < 40:
+    """How far samples are from training images, and as many test images, see distances; nothing
+    where fewer than 40 are held out."""
+    number, steps = len(dataset.held_out(number)), min(steps, model.T)
+    if number < 40:
         return {}
-    samples = model.sample(len(test), 1, steps, progress=runs.progress(f"{len(test)} samples"))
+    samples = model.sample(number, 1, steps, progress=runs.progress(f"{number} samples"))
     runs.finite(samples, "samples")
+    return distances(dataset, samples) | dict(frechet_steps=steps)
+
+
+def distances(dataset, samples):
+    """Of at least 40 samples (n, D), and of as many test images, see frechet."""
     train = dataset.draw(5000, dpm.generator(np, "frechet"))
-    train, samples, test = in_components(train, samples, test)
-    return dict(frechet=frechet(train, samples), frechet_test=frechet(train, test),
-                frechet_steps=steps)
+    train, samples, test = in_components(train, samples, dataset.held_out(len(samples)))
+    return dict(frechet=frechet(train, samples), frechet_test=frechet(train, test))
 
 
 def in_components(x, *others, components=40):
