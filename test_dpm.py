@@ -73,7 +73,8 @@ MAP = [  # equation, what it says, where it is in dpm.py, which tests hold it
      "Posterior.predicted Posterior.of_x0 Gaussian.dp_x0 Binomial.dp_x0 Gaussian.guided "
      "Gaussian.line_search",
      "test_denoising_follows_its_recursion test_r_of_what_a_network_predicts "
-     "test_guidance_is_the_posterior_mean test_guidance_by_a_function"),
+     "test_guidance_is_the_posterior_mean test_guidance_by_a_function "
+     "test_repeats_come_closer_to_the_truth"),
     ("SD section 2.5", "times (p / p_weak)^w", "Contrast Normal.slope_against "
      "Bernoulli.slope_against",
      "test_a_contrast_is_a_ratio_of_kernels test_contrast_and_repeats_follow_their_recursion"),
@@ -1859,6 +1860,15 @@ def test_posteriors_against_the_truth(name, case, limit, crowd, alone):
     assert found["predicted", crowd] < limit, f"{name}: {found}"
     assert found["constant", 1] > 2 * found["predicted", crowd], f"{name}: {found}"
     assert not alone or found["constant", 1] > 2 * found["predicted", 1], f"{name}: {found}"
+
+
+@pytest.mark.parametrize("case", [lambda: ar1_case(True), heartbeat_case])
+def test_repeats_come_closer_to_the_truth(case):
+    """Of one particle, and with exact kernels: what is left of the error is below a half."""
+    model, r, number, distance = case()
+    once, often = (distance(dpm.Posterior(model, r, repeats=n).sample(number, 3, batch=20_000))
+                   for n in (1, 10))
+    assert often < 0.5 * once
 
 
 @pytest.mark.parametrize("kind", ["Function", "Observation"])
