@@ -170,7 +170,7 @@ def check_room(model, args, chains, path):
 def contrast(model, args, checkpoint):
     """The Contrast that sharpens the samples, in a list; or an empty list."""
     plain = args.mode == "denoise" or args.particles or args.eta is not None or args.sharpen == 0
-    path = args.weak or (WEAK if checkpoint == SHIPPED else None)
+    path = args.weak or (WEAK if os.path.samefile(checkpoint, SHIPPED) else None)
     if args.sharpen and path is None:
         raise dpm.InputError("--sharpen needs a worse model of the same data: --weak PATH")
     if plain or path is None:

@@ -2181,6 +2181,8 @@ def test_gpu_agrees_with_cpu(where, network, shape, q, options, tmp_path, monkey
     for schedule, particles in (("predicted", 1), ("predicted", 3), ("annealed", 3)):
         same(lambda model: dpm.Posterior(model, [dpm.Observation(x0, known, model.xp), rise],
                                          schedule, particles).sample(9, 1, steps=5))
+    same(lambda model: dpm.Posterior(model, [dpm.Observation(x0, known, model.xp), dpm.Contrast(
+        model, 1)], repeats=2).sample(9, 1, steps=5))
     draws = lambda a, *key: Draws(np.random.PCG64(len(key)), a.asarray)  # the host's, on both
     every_t = lambda n, share, u: np.flatnonzero(share)[np.arange(n) % np.count_nonzero(share)]
     monkeypatch.setattr(dpm, "generator", draws)

@@ -38,15 +38,15 @@ COLUMNS = ["step", "seconds", "K_minus_L_null_bits"]
 
 # What is right for vectors (H W = 1), for images, and for bits, where no flag says otherwise
 DEFAULTS = {"vector": dict(steps=9500, batch_size=1024, lr=4e-3, timesteps=40, schedule="logsnr"),
-            "image": dict(steps=10000, batch_size=16, lr=3e-3, timesteps=1000, schedule="logsnr",
+            "image": dict(steps=10000, batch_size=32, lr=2e-3, timesteps=1000, schedule="logsnr",
                        objective="focused")}
 BITS = {"vector": dict(steps=12000, batch_size=512, lr=4e-3, timesteps=2000, schedule="cosine"),
-        "image": dict(steps=10000, batch_size=16, lr=3e-3, timesteps=1000, schedule="cosine")}
+        "image": dict(steps=10000, batch_size=32, lr=2e-3, timesteps=1000, schedule="cosine")}
 ALWAYS = dict(rate=None, objective="K", variance="learned", predict="v",
               decoder="dequantised", network=None, widths=None, seed=0, dtype="float32",
               crop=None, resize=None, flips=False)
 SIZES = {"mlp": dict(width=128, layers=3, scales=(0, 1, 2, 3, 4, 5), time=64),
-         "unet": dict(widths=(32, 64, 128), head=64, scales=(1, 3, 5)),
+         "unet": dict(widths=(24, 48, 96), head=64, scales=(1, 3, 5)),
          "paper": dict(maps=8, hidden=256, width=64, bumps=10)}
 FIXED = ("dataset", "batch_size", "lr", "timesteps", "schedule", *ALWAYS)  # for a run's life
 
@@ -85,7 +85,7 @@ def arguments():
     g.add_argument("--network", metavar="NAME", choices=dpm.NETWORKS,
                    help="mlp for vectors, unet for images, or the paper's: paper")
     g.add_argument("--widths", metavar="N", type=int, nargs="+",
-                   help="channels of the U-Net, from fine to coarse [32 64 128]")
+                   help="channels of the U-Net, from fine to coarse [24 48 96]")
     g.add_argument("--timesteps", metavar="T", type=int,
                    help=f"steps of the diffusion {show('timesteps')}")
     schedules = "logsnr", "paper", "linear", "cosine", "learned"
