@@ -254,10 +254,12 @@ class Bernoulli:
 
     def tilted(self, g):
         """The product with exp(g x), normalised, and log Z (n,): the log odds move by g."""
-        return self.times(self.xp.zeros(g.shape), g)
+        top = self.xp.maximum(g, 0 * self.one)  # so that nothing overflows
+        product, log_Z = self.times(-top, g - top)
+        return product, log_Z + top.sum(1)
 
     def slope_against(self, other):
-        """What the log odds are above those of other, (n, D): other, tilted by it, is self."""
+        """How far the log odds lie above those of other, (n, D): other, tilted by it, is self."""
         return self.xp.log(self.one / self.zero) - self.xp.log(other.one / other.zero)
 
     def take(self, rows):
@@ -1931,15 +1933,16 @@ class Function:
 
 
 class Contrast:
-    """r = (p / p_weak)^w: samples without the model's doubts. weak: a DPM of the same data with
-    fewer weights and less training. It is wrong where the model is, and more so; r leads away from
-    there (Karras et al. 2024, arXiv 2406.02507). p(x_0) is a bound only, so r acts on each step:
-    of p(x_{t-1} | x_t) and p_weak(x_{t-1} | x_t) it makes p^(1 + w) / p_weak^w, normalised. The
-    samples are clearer than the data, and vary less. InputError for w < 0."""
+    """(p / p_weak)^w, for clearer samples. weak: a DPM of the same data with fewer weights and less
+    training. It makes the errors of the model, only larger; so we step away from it (Karras et al.
+    2024, arXiv 2406.02507). p(x_0) has a bound and no value, so each step is multiplied, not x_0:
+    p(x_{t-1} | x_t) becomes p^(1 + w) / p_weak^w, normalised, p_weak with the variance of p. The
+    samples are clearer than those of p, and vary less; of which distribution they are, nobody
+    knows. InputError unless w is finite and 0 or more."""
 
     def __init__(self, weak, w):
-        if not w >= 0:
-            raise InputError(f"the power w of a contrast is 0 or more, not {w}")
+        if not 0 <= w < math.inf:
+            raise InputError(f"the power w of a contrast is finite, and 0 or more, not {w}")
         self.weak, self.w = weak, w
 
     def tilt(self, model, p, x, t):
@@ -1949,13 +1952,14 @@ class Contrast:
 
 
 R_SCHEDULES = ("predicted", "constant", "annealed")
-DECISIVE = -2, 4  # levels: above, x_t says little of x_0; below, only details are left open
+DECISIVE = -2, 4  # levels: of small pictures and vectors, above, x_t says little of x_0, below,
+#                   only details are left open
 
 
 class Posterior:
     """p(x_0) r(x_0): each p(x_{t-1} | x_t) of a model times r_{t-1}(x_{t-1}), normalised. r is an
-    Observation, a Function, a Contrast, or a list of them: their product. r_0 = r, and r_t is by
-    `schedule` (a Contrast has its own)
+    Observation, a Function, or a list of them: their product; in the list a Contrast multiplies
+    every step as well. r_0 = r, and r_t is by `schedule`
 
         constant   r                    eq. 23
         annealed   r^((T - t) / T)      section 2.5
@@ -1971,11 +1975,11 @@ class Posterior:
     so many chains, which are drawn anew where their weights become uneven: exact in the limit of
     many, if no r_t excludes what r allows (constant and annealed do, for a known value).
 
-    With `repeats` > 1 the steps from DECISIVE levels are made so many times, each time after q_step
-    has led from x_{t-1} up to another x_t. This is Gibbs sampling of the pair at every noise, and
-    x_t forgets what earlier steps did wrong (as in Lugmayr et al. 2022, arXiv 2201.09865).
+    A step from a level in DECISIVE is made `repeats` times, each time after q_step has led from
+    x_{t-1} up to another x_t. With exact steps this is Gibbs sampling of (x_{t-1}, x_t), and x_t
+    forgets what earlier steps did wrong (as in Lugmayr et al. 2022, arXiv 2201.09865).
     InputError for another schedule, fewer than one particle or repeat, an r of another type, or
-    particles with repeats or a Contrast, whose weights nobody knows."""
+    particles together with repeats or a Contrast."""
 
     def __init__(self, model, r, schedule="predicted", particles=1, repeats=1):
         if schedule not in R_SCHEDULES:
@@ -2069,12 +2073,12 @@ class Posterior:
 
     def _sharpened(self, p, x, t):
         """p = p(x_{t-1} | x_t = x) times the Contrasts, which leave known coordinates alone."""
-        for c in self.contrasts if t > 1 else ():
-            g = c.tilt(self.model, p, x, t)
-            for o in self.observations:
-                g = g * (o.sigma > 0)
-            p, _ = p.tilted(g)
-        return p
+        if t == 1 or not self.contrasts:
+            return p
+        g = sum(c.tilt(self.model, p, x, t) for c in self.contrasts)
+        for o in self.observations:
+            g = g * (o.sigma > 0)
+        return p.tilted(g)[0]
 
     def _times(self, t):
         """How often step t is made."""

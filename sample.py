@@ -30,10 +30,11 @@ import data
 from data import evaluation, figures, observations, runs
 
 SHIPPED = pathlib.Path(__file__).parent / "data" / "mnist" / "model.npz"
-WEAK = SHIPPED.with_name("weak.npz")                            # for the --weak of SHIPPED
+WEAK = SHIPPED.with_name("weak.npz")                            # the --weak of SHIPPED
 SHARPEN = 2                     # --sharpen where there is a weak model: see dpm.Contrast
 REPEATS = 5                     # --repeats of completed images: see dpm.Posterior
-DEFAULT_STEPS = dict(images=35, sequences=None, points=None)    # of posteriors; None: all T
+MEASURED = 500, 1024            # samples and dimensions for Frechet's distance, as in evaluation
+DEFAULT_STEPS = dict(images=70, sequences=None, points=None)    # of posteriors; None: all T
 DEFAULT_FREE_STEPS = DEFAULT_STEPS | dict(images=evaluation.IMAGE_STEPS)  # of free samples
 NUMBER = dict(images=64, sequences=40, points=2000)             # of free samples
 PART = 4096                     # free samples are drawn and written so many at a time, at most
@@ -55,14 +56,16 @@ def arguments():
     g.add_argument("--seed", metavar="N", type=int, default=0,
                    help="sample k depends on this and on k alone (0)")
     g.add_argument("--steps", metavar="S", type=int, help="use this many of the T steps "
-                   f"(posteriors of images: {DEFAULT_STEPS['images']}; free images: "
+                   f"(posteriors of images: {DEFAULT_STEPS['images']}, with --repeats "
+                   f"{DEFAULT_STEPS['images'] // 2}; free images: "
                    f"{DEFAULT_FREE_STEPS['images']}; else all)")
     g.add_argument("--eta", metavar="X", type=float,
-                   help="noise of the steps: 1 the model's, 0 none, which is DDIM (1)")
+                   help="noise of the steps: 1 the model's, 0 none, which is DDIM (1); below 1 "
+                   "nothing is sharpened")
     g.add_argument("--weak", metavar="PATH", help="a worse model of the same data: samples keep "
                    "away from its errors (for the shipped digits data/mnist/weak.npz)")
     g.add_argument("--sharpen", metavar="W", type=float,
-                   help=f"how far away, see dpm.Contrast; 0: not at all ({SHARPEN})")
+                   help=f"the power w of dpm.Contrast; 0: samples of p itself ({SHARPEN})")
     g = p.add_argument_group("posterior samples, from p(x) r(x)")
     one = g.add_mutually_exclusive_group()
     one.add_argument("--inpaint", metavar="PART", nargs="?", const="left",
@@ -74,9 +77,10 @@ def arguments():
                    help="--inpaint center: a hole of N x N pixels")
     g.add_argument("--input", metavar="FILE", nargs="+",
                    help="your own pictures, to complete, or noisy ones")
-    g.add_argument("--particles", metavar="N", type=int, help="weighted chains for each sample (1)")
-    g.add_argument("--repeats", metavar="N", type=int, help="steps at which a picture is decided are "
-                   f"made so many times (--inpaint of images: {REPEATS}; else 1)")
+    g.add_argument("--particles", metavar="N", type=int, help="weighted chains for each sample, "
+                   "which are neither sharpened nor repeated (1)")
+    g.add_argument("--repeats", metavar="N", type=int, help="make each decisive step N times "
+                   f"(--inpaint of images: {REPEATS}; else 1)")
     g.add_argument("--r-schedule", metavar="NAME", choices=dpm.R_SCHEDULES,
                    help=f"r on the way, see dpm.Posterior: {', '.join(dpm.R_SCHEDULES)}")
     g = p.add_argument_group("how, and where to")
@@ -90,6 +94,7 @@ def arguments():
     args = p.parse_args()
     args.mode = "samples" if args.inpaint is None else "inpaint"
     args.mode = args.mode if args.denoise is None else "denoise"
+    args.eta, args.particles = (None if a == 1 else a for a in (args.eta, args.particles))
     return args
 
 
@@ -111,8 +116,8 @@ def check(args):
     if args.repeats and args.mode != "inpaint":
         raise dpm.InputError("--repeats goes with --inpaint")
     if args.sharpen is not None and not 0 <= args.sharpen < math.inf:
-        raise dpm.InputError(f"--sharpen takes a number from 0, not {args.sharpen}")
-    if args.weak or args.sharpen:
+        raise dpm.InputError(f"--sharpen must be finite, and 0 or more, not {args.sharpen}")
+    if args.weak is not None or args.sharpen:
         if args.mode == "denoise" or args.particles or args.eta is not None:
             raise dpm.InputError("--weak and --sharpen are for free samples and --inpaint, without "
                                  "--particles and --eta")
@@ -170,15 +175,27 @@ def check_room(model, args, chains, path):
 def contrast(model, args, checkpoint):
     """The Contrast that sharpens the samples, in a list; or an empty list."""
     plain = args.mode == "denoise" or args.particles or args.eta is not None or args.sharpen == 0
-    path = args.weak or (WEAK if os.path.samefile(checkpoint, SHIPPED) else None)
+    shipped = WEAK.exists() and SHIPPED.exists() and os.path.samefile(checkpoint, SHIPPED)
+    path = args.weak if args.weak is not None else WEAK if shipped else None
     if args.sharpen and path is None:
         raise dpm.InputError("--sharpen needs a worse model of the same data: --weak PATH")
-    if plain or path is None:
+    if path is None or plain and args.weak is None:
         return []
-    weak = runs.load(path := runs.checkpoint_in(path), model.xp)
-    if weak.about["digest"] != model.about["digest"] or weak.shape != model.shape:
-        raise dpm.InputError(f"--weak {path}: a model of other data")
-    return [dpm.Contrast(weak, SHARPEN if args.sharpen is None else args.sharpen)]
+    weak = runs.load(path := runs.checkpoint_in(path), model.xp, model.comm)
+    if os.path.samefile(path, checkpoint):
+        raise dpm.InputError(f"--weak {path}: this is the model itself; give a worse one")
+    if weak.about["digest"] != model.about["digest"] or weak.shape != model.shape or (
+            getattr(weak.diffusion, "rate", None) != getattr(model.diffusion, "rate", None)):
+        raise dpm.InputError(f"--weak {path}: a model of other data, or of another pi")
+    if weak.about["predict"] not in ("v", model.about["predict"]):
+        raise dpm.InputError(f"--weak {path}: predicts {weak.about['predict']}; give one with v")
+    w = SHARPEN if args.sharpen is None else args.sharpen
+    return [dpm.Contrast(weak, w)] if w else []
+
+
+def repeats_of(args, kind):
+    several = args.mode == "inpaint" and kind == "images" and not args.particles
+    return args.repeats or (REPEATS if several else 1)
 
 
 def sampler(model, args, r, x_T):
@@ -191,9 +208,8 @@ def sampler(model, args, r, x_T):
         options |= dict(eta=1.0 if args.eta is None else args.eta)
         return lambda n, **more: model.sample(
             n, x_T=None if x_T is None else x_T[:n], **options, **more)
-    several = args.mode == "inpaint" and not args.particles and figures.kind_of(model) == "images"
     posterior = dpm.Posterior(model, r, args.r_schedule or "predicted", args.particles or 1,
-                              args.repeats or (REPEATS if several else 1))
+                              repeats_of(args, figures.kind_of(model)))
     return lambda n, **more: posterior.rows(slice(n)).sample(n, **options, **more)
 
 
@@ -241,7 +257,7 @@ def main():
     if args.steps is not None:
         model = model.shortened(args.steps)
     elif S := (DEFAULT_FREE_STEPS if free else DEFAULT_STEPS)[kind]:
-        model = model.shortened(min(S, whole.T))
+        model = model.shortened(min(S // 2 if repeats_of(args, kind) > 1 else S, whole.T))
 
     number = args.number or (NUMBER[kind] if free else observations.GIVEN)
     if args.input:
@@ -294,10 +310,6 @@ def main():
         usual = observations.nearest(dataset, dataset.held_out(len(distance)))[1]
         say(f"nearest training image: {distance.mean():.3f} away, root mean square in units of the "
             f"data's deviation; for test images it is {usual.mean():.3f}")
-        if free and min(len(first), len(usual)) >= 40:
-            found = evaluation.distances(dataset, first)
-            say(f"Frechet distance from training images: {found['frechet']:.1f}; for test images "
-                f"it is {found['frechet_test']:.1f}")
         arrays["nearest"] = model.raw(near)
         if args.mode == "inpaint":
             extra["the training image nearest to the first of them"] = near[:, None]
@@ -307,6 +319,10 @@ def main():
 
     shape = (number, *[draws] * (not free), model.D)
     runs.write_arrays(paths[".npz"], shape, map(model.raw, parts), arrays)
+    if free and "nearest" in arrays and len(first) >= MEASURED[0] and model.D <= MEASURED[1]:
+        found = evaluation.distances(dataset, first[:MEASURED[0]])
+        say(f"Frechet distance of {MEASURED[0]} samples from training images: "
+            f"{found['frechet']:.1f}; of test images it is {found['frechet_test']:.1f}")
     picture, layout = figures.sheet_of(model, sets, extra, SHOWN)
     if free and not layout.startswith(f"{number} "):
         layout = f"the first {layout} of {number}"

@@ -1614,7 +1614,8 @@ def test_bad_observations(y, sigma, says):
     ([dpm.Observation([1.0, 0], [0, np.inf])] * 2, {}, "two observations know"),
     (dpm.Contrast(gaussian_model(D=2), 1), dict(particles=2), "go with particles"),
     (CURVE, dict(particles=2, repeats=2), "go with particles"),
-    (CURVE, dict(repeats=0), "1 or more"), (CURVE, dict(particles=0), "1 or more"), (CURVE, dict(schedule="linear"), "no r-schedule"),
+    (CURVE, dict(repeats=0), "1 or more"), (CURVE, dict(particles=0), "1 or more"),
+    (CURVE, dict(schedule="linear"), "no r-schedule"),
     (dpm.Function(lambda x: x, lambda x: x), dict(particles=2), "log_r of your r returns"),
     (dpm.Function(lambda x: x[:, 0], lambda x: 1.0), {}, "returns float"),
     (dpm.Function(lambda x: x[:, 0], lambda x: x * np.nan), {}, "NaN")])
@@ -1624,7 +1625,7 @@ def test_bad_r(r, options, says):
         dpm.Posterior(gaussian_model(D=2), r, **options).sample(4)
     with refused("0 or 1"):
         dpm.Posterior(bits()[0], dpm.Observation([0.5, 1, 0], [0, np.inf, np.inf])).sample(4)
-    for w in (-1, math.nan):
+    for w in (-1, math.nan, math.inf):
         with refused("0 or more"):
             dpm.Contrast(gaussian_model(), w)
 
@@ -1642,6 +1643,9 @@ def test_a_contrast_is_a_ratio_of_kernels():
         found, expected = (d(a) - d(b) for d in (
             tilted.log_density, lambda x: 2.7 * p.log_density(x) - 1.7 * weak.log_density(x)))
         close(found, expected)
+    sure, log_Z = dpm.Bernoulli(np, one, 1 - one).tilted(np.full(one.shape, 800.0))
+    close(sure.one, 1.0)
+    close(log_Z, (800 + np.log(one)).sum(1))
 
 
 @pytest.mark.parametrize("w, repeats, steps", [(1.5, 1, None), (0.0, 3, 10), (1.5, 3, 10)])
@@ -1678,6 +1682,9 @@ def test_what_a_contrast_leaves_alone():
         moved = dpm.Posterior(model, r, schedule)._sharpened(p, x, 20).mean
         close(moved, p.mean + [0, w] * (p.mean - p_weak.mean))
         assert dpm.Posterior(model, r, schedule)._sharpened(p, x, 1) is p
+    two = [dpm.Contrast(weak, w), dpm.Contrast(other := gaussian_model(3.0, D=2), 0.5)]
+    moved, p_other = dpm.Posterior(model, two)._sharpened(p, x, 20).mean, other.p_back(x, 20)
+    close(moved, p.mean + w * (p.mean - p_weak.mean) + 0.5 * (p.mean - p_other.mean))
 
 
 def test_resampling():
@@ -2163,6 +2170,7 @@ def test_gpu_agrees_with_cpu(where, network, shape, q, options, tmp_path, monkey
     if xp is np:
         pytest.skip("no GPU here")
     cpu = small_model(q, shape, network, stir=0.1, threads=1, **options)
+    dpm.save(small_model(q, shape, network, stir=0.15, threads=1, **options), tmp_path / "w.npz")
     dpm.save(cpu, tmp_path / "c.npz", cpu.optimiser())
     x0, (gpu, optimiser) = data_for(q, 9, cpu.D, 27), dpm.resume(tmp_path / "c.npz", xp)
 
@@ -2182,7 +2190,7 @@ def test_gpu_agrees_with_cpu(where, network, shape, q, options, tmp_path, monkey
         same(lambda model: dpm.Posterior(model, [dpm.Observation(x0, known, model.xp), rise],
                                          schedule, particles).sample(9, 1, steps=5))
     same(lambda model: dpm.Posterior(model, [dpm.Observation(x0, known, model.xp), dpm.Contrast(
-        model, 1)], repeats=2).sample(9, 1, steps=5))
+        dpm.load(tmp_path / "w.npz", model.xp), 1)], repeats=2).sample(9, 1, steps=5))
     draws = lambda a, *key: Draws(np.random.PCG64(len(key)), a.asarray)  # the host's, on both
     every_t = lambda n, share, u: np.flatnonzero(share)[np.arange(n) % np.count_nonzero(share)]
     monkeypatch.setattr(dpm, "generator", draws)
@@ -2640,8 +2648,11 @@ def test_free_samples(place):
     assert (still == again).all() and (still != a.samples).all()
     assert (drawn(place, "--number", 3, "--steps", 4).samples != a.samples).all()
     assert (drawn(place, "--number", 3, "--steps", 8).samples == a.samples).all()
-    few = place.runs / "digits", "--sharpen", 0.5  # of a model and itself there is no contrast
-    assert (drawn(place, "--number", 3, "--weak", *few).samples == a.samples).all()
+    done("train", "--dataset", "digits.npy", "--steps", 1, *TINY, "--no-evaluate", "--out",
+         "runs/weak", cwd=place.path)
+    for w, equal in ((0, True), (0.5, False)):
+        sharp = drawn(place, "--number", 3, "--weak", "runs/weak", "--sharpen", w)
+        assert (sharp.samples == a.samples).all() == equal == ("sharpened" not in sharp.said)
     assert drawn(place, "--number", 50, run="roll").samples.shape == (50, 2)
     assert set(np.unique(drawn(place, "--number", 4, run="heartbeat").samples)) <= {0, 1}
     assert drawn(place, "--number", 2, run="colours").samples.shape == (2, 192)
@@ -2853,7 +2864,7 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
             ("GB of memory", *known, "--denoise", 1, "--particles", 10 ** 400),
             ("a chain of 8", *known, "--steps", 9), ("2..8", *known, "--steps", 0),
             ("--eta lies", *known, "--eta", 1.5), ("--eta lies", *known, "--eta", "nan"),
-            ("--eta is for free", *known, "--denoise", 1, "--eta", 1),
+            ("--eta is for free", *known, "--denoise", 1, "--eta", 0.5),
             ("--eta is for numbers", "--checkpoint", place.runs / "heartbeat", "--eta", 0.5),
             ("--denoise takes", *known, "--denoise", "1e300"),
             ("--denoise takes", *known, "--denoise", "1e-300"),
@@ -2861,8 +2872,9 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
             ("--sharpen takes", *known, "--sharpen", -1), ("needs a worse", *known, "--sharpen", 1),
             ("--sharpen takes", *known, "--sharpen", "nan"),
             ("without --particles", *known, "--denoise", 1, "--weak", digits),
-            ("without --particles", *known, "--weak", digits, "--eta", 1),
-            ("of other data", *known, "--weak", roll), ("no such", *known, "--weak", "nowhere"),
+            ("without --particles", *known, "--weak", digits, "--eta", 0),
+            ("of other data", *known, "--weak", roll), ("itself", *known, "--weak", digits),
+            ("no such", *known, "--weak", "nowhere"),
             ("--repeats goes", *known, "--repeats", 2), ("--repeats must", *known, "--repeats", 0),
             ("go with particles", *known, "--inpaint", "--repeats", 2, "--particles", 2),
             ("--hole goes with", *known, "--hole", 3), ("go with", *known, "--particles", 4),
