@@ -113,8 +113,8 @@ def check(args):
         raise dpm.InputError("--hole goes with --inpaint center")
     if args.mode == "samples" and (args.input or args.particles or args.r_schedule):
         raise dpm.InputError("--input, --particles and --r-schedule go with --inpaint or --denoise")
-    if args.repeats and args.mode != "inpaint":
-        raise dpm.InputError("--repeats goes with --inpaint")
+    if args.repeats and (args.mode != "inpaint" or args.particles):
+        raise dpm.InputError("--repeats goes with --inpaint, without --particles")
     if args.sharpen is not None and not 0 <= args.sharpen < math.inf:
         raise dpm.InputError(f"--sharpen must be finite, and 0 or more, not {args.sharpen}")
     if args.weak is not None or args.sharpen:
