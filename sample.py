@@ -8,7 +8,8 @@
 
 Writes NAME.png and NAME.npz, the arrays behind it in the data's units: samples,
 and for posterior samples truth, given, unknown; for images also nearest, the
-training images nearest to them.
+training images nearest to them. The shipped digits are sharpened: --sharpen 0
+draws from p itself.
 """
 import signal
 
