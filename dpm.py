@@ -431,15 +431,15 @@ class Gaussian(Diffusion):
     def guided(self, p, t, g, p_x0, given, search=False):
         """Given r, the mean of x_0 moves by g sin^2 phi / cos phi, since E[x_0 | x_t] is (x_t +
         sin^2 phi grad log q(x_t)) / cos phi (Tweedie), and f_mu with it, by g beta_t / sqrt(1 -
-        beta_t); for small steps that is eq. 61, g f_sigma. A move by more than five deviations of
-        the data is an error of the network, and is cut: repeated, it would drive x_t to where no
-        data is. A coordinate that is known, with no variance in `given`, moves to its value: f_mu
-        is then mu~ of it."""
+        beta_t); for small steps that is eq. 61, g f_sigma. Given x_t, x_0 has a deviation of sin phi
+        or less, and a move by more than five of these is an error of the network: it is cut, or it
+        would drive x_t to where no data is. A coordinate that is known, with no variance in
+        `given`, moves to its value: f_mu is then mu~ of it."""
         xp, (cos, sin, from_x0) = self.xp, self._at(t, self.cos, self.sin, self.from_x0)
         gain = sin ** 2 / xp.where(cos > 0, cos, math.inf)  # alpha_bar_T = 0: x_T says nothing
         if search:
             g = g * self.line_search(gain * g, p_x0, given)
-        move = xp.where(given.variance > 0, xp.clip(gain * g, -5, 5), given.mean - p_x0.mean)
+        move = xp.where(given.variance > 0, xp.clip(gain * g, -5 * sin, 5 * sin), given.mean - p_x0.mean)
         return from_x0 * move / p.variance
 
     def line_search(self, move, p_x0, given):
@@ -1932,13 +1932,17 @@ class Function:
         return self._checked(self._gradient(x), x.shape, "gradient")
 
 
+DECISIVE = -2, 4  # levels; of small pictures and vectors x_t says little of x_0 above, and below
+#                   only details are left open
+
+
 class Contrast:
     """(p / p_weak)^w, for clearer samples. weak: a DPM of the same data with fewer weights and less
     training. It makes the errors of the model, only larger; so we step away from it (Karras et al.
     2024, arXiv 2406.02507). p(x_0) has a bound and no value, so each step is multiplied, not x_0:
-    p(x_{t-1} | x_t) becomes p^(1 + w) / p_weak^w, normalised, p_weak with the variance of p. The
-    samples are clearer than those of p, and vary less; of which distribution they are, nobody
-    knows. InputError unless w is finite and 0 or more."""
+    at the DECISIVE levels p(x_{t-1} | x_t) becomes p^(1 + w) / p_weak^w, normalised, p_weak with
+    the variance of p. The samples are clearer than those of p, and vary less; of which distribution
+    they are, nobody knows. InputError unless w is finite and 0 or more."""
 
     def __init__(self, weak, w):
         if not 0 <= w < math.inf:
@@ -1952,8 +1956,6 @@ class Contrast:
 
 
 R_SCHEDULES = ("predicted", "constant", "annealed")
-DECISIVE = -2, 4  # levels: of small pictures and vectors, above, x_t says little of x_0, below,
-#                   only details are left open
 
 
 class Posterior:
@@ -2073,17 +2075,16 @@ class Posterior:
 
     def _sharpened(self, p, x, t):
         """p = p(x_{t-1} | x_t = x) times the Contrasts, which leave known coordinates alone."""
-        if t == 1 or not self.contrasts:
+        if not self.contrasts or not self._decides(t):
             return p
         g = sum(c.tilt(self.model, p, x, t) for c in self.contrasts)
         for o in self.observations:
             g = g * (o.sigma > 0)
         return p.tilted(g)[0]
 
-    def _times(self, t):
-        """How often step t is made."""
+    def _decides(self, t):
         low, high = DECISIVE
-        return self.repeats if low <= float(self.model.diffusion.level[t]) <= high else 1
+        return low <= float(self.model.diffusion.level[t]) <= high
 
     def _power(self, t):
         return 1 - t / self.model.T if self.schedule == "annealed" else 1.0
@@ -2129,7 +2130,7 @@ class Posterior:
         for t in range(model.T, 0, -1):
             if t in keep:
                 past[t] = x
-            for again in reversed(range(self._times(t))):
+            for again in reversed(range(self.repeats if self._decides(t) else 1)):
                 p, log_r, g, multiply = self._step(x, t)
                 p = self._sharpened(p, x, t)
                 if N > 1:

@@ -1475,8 +1475,8 @@ def test_r_of_what_a_network_predicts(q, network, shape, predict, monkeypatch):
 def test_guidance_is_the_posterior_mean(t, seen, y, sigma):
     """With the exact kernels of Gaussian data a guided step has the mean of x_{t-1} given x_t and
     y, where one coordinate is observed, or all that are err alike: then the line search is all that
-    is missing. What is known moves to its value, the rest by at most 5, and not at all if the
-    network's slope is of the wrong sign."""
+    is missing. What is known moves to its value, the rest by at most 5 sin phi, and not at
+    all if the network's slope is of the wrong sign."""
     S, x, sees = 0.1 * np.eye(3) + 0.9, np.full((1, 3), 0.2), np.full(3, np.inf)
     q, at, full = gaussian(50, 1e-3), np.array([t]), np.zeros(3)
     sees[seen], full[seen] = sigma, y
@@ -1484,7 +1484,8 @@ def test_guidance_is_the_posterior_mean(t, seen, y, sigma):
     mean, variance, cov = law(x, q.alpha_bar[t])
     C = cov(np.eye(3))
     noisy = C[np.ix_(seen, seen)] + sigma ** 2 * np.eye(len(seen))
-    move = np.clip((y - mean[:, seen]) @ np.linalg.solve(noisy, C[seen]), -5, 5)
+    most = 5 * math.sqrt(1 - q.alpha_bar[t])
+    move = np.clip((y - mean[:, seen]) @ np.linalg.solve(noisy, C[seen]), -most, most)
     cases = [(law, move)]
     if sigma == 0:
         backwards = lambda x, a: (mean, variance, lambda d: -cov(d))
@@ -1657,10 +1658,11 @@ def test_contrast_and_repeats_follow_their_recursion(w, repeats, steps):
     variance, one, extra = 1.0, np.ones((1, 2)), 0
     for t in range(model.T, 0, -1):
         p, p_weak = model.p_back(one, t), weak.p_back(one, t)
-        slope = (p.mean + w * (p.mean - p_weak.mean))[0, 0]
+        decides = -2 <= q.level[t] <= 4
+        slope = (p.mean + w * decides * (p.mean - p_weak.mean))[0, 0]
         step = lambda v: slope ** 2 * v + np.broadcast_to(p.variance, (1, 2))[0, 0]
         variance = step(variance)
-        for _ in range((repeats - 1) * (-2 <= q.level[t] <= 4)):
+        for _ in range((repeats - 1) * decides):
             variance, extra = step((1 - q.beta[t]) * variance + q.beta[t]), extra + 1
     assert variance < 0.3 if w else variance == approx(0.5, rel=0.1)  # p has about 0.5
     assert extra == 0 if repeats == 1 else 4 < extra < 2 * model.T
@@ -1671,7 +1673,7 @@ def test_contrast_and_repeats_follow_their_recursion(w, repeats, steps):
 
 
 def test_what_a_contrast_leaves_alone():
-    """A known coordinate, and the last step, which is fixed. Of a model and itself there is no
+    """A known coordinate, and steps that decide little. Of a model and itself there is no
     contrast."""
     model, weak, w = gaussian_model(0.5, D=2), gaussian_model(1.5, D=2), 1.5
     close(dpm.Posterior(model, dpm.Contrast(model, w)).sample(9, 4), model.sample(9, 4))
