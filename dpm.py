@@ -431,15 +431,16 @@ class Gaussian(Diffusion):
     def guided(self, p, t, g, p_x0, given, search=False):
         """Given r, the mean of x_0 moves by g sin^2 phi / cos phi, since E[x_0 | x_t] is (x_t +
         sin^2 phi grad log q(x_t)) / cos phi (Tweedie), and f_mu with it, by g beta_t / sqrt(1 -
-        beta_t); for small steps that is eq. 61, g f_sigma. Given x_t, x_0 has a deviation of sin phi
-        or less, and a move by more than five of these is an error of the network: it is cut, or it
-        would drive x_t to where no data is. A coordinate that is known, with no variance in
+        beta_t); for small steps that is eq. 61, g f_sigma. Given x_t, x_0 has a deviation of sin
+        phi or less, and a move by more than five of these is an error of the network: it is cut, or
+        it would drive x_t to where no data is. A coordinate that is known, with no variance in
         `given`, moves to its value: f_mu is then mu~ of it."""
         xp, (cos, sin, from_x0) = self.xp, self._at(t, self.cos, self.sin, self.from_x0)
         gain = sin ** 2 / xp.where(cos > 0, cos, math.inf)  # alpha_bar_T = 0: x_T says nothing
         if search:
             g = g * self.line_search(gain * g, p_x0, given)
-        move = xp.where(given.variance > 0, xp.clip(gain * g, -5 * sin, 5 * sin), given.mean - p_x0.mean)
+        move = xp.clip(gain * g, -5 * sin, 5 * sin)
+        move = xp.where(given.variance > 0, move, given.mean - p_x0.mean)
         return from_x0 * move / p.variance
 
     def line_search(self, move, p_x0, given):
