@@ -2084,6 +2084,7 @@ class Posterior:
         return p.tilted(g)[0]
 
     def _decides(self, t):
+        """Whether step t decides what x_0 will be: it is sharpened and repeated."""
         low, high = DECISIVE
         return low <= float(self.model.diffusion.level[t]) <= high
 
