@@ -19,7 +19,7 @@ what is trained and what is reported.
     2  the network language     Tape, layers, readouts, the networks mlp, unet, paper, Optimiser
     3  the model                DPM: the bound K, its gradient, objectives, samples
     4  more theory              entropy bounds, Jarzynski's estimate, the learned schedule
-    5  posteriors               p(x_0) r(x_0) for any r, particles
+    5  posteriors               p(x_0) r(x_0) for any r, particles; a contrast with a worse model
     6  checkpoints              a model and its training in one file
 
 Conventions. t runs 1..T; arrays over t have T + 1 entries, and entry 0 is the data without noise:
