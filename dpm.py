@@ -1179,8 +1179,7 @@ def mlp(channels, readout, outputs, width=128, layers=3, scales=(), edges=(), ti
     return Network(body, readout, *time_layers(time))
 
 
-def unet(channels, readout, outputs, widths=(24, 48, 96), head=64, scales=(), edges=(),
-         time=128):
+def unet(channels, readout, outputs, widths=(24, 48, 96), head=64, scales=(), edges=(), time=128):
     """For images: two residual blocks on the grid of pixels and, between them, the same on a grid
     half as fine, and so on through `widths`; then a small network at every pixel, the head."""
 

@@ -34,7 +34,7 @@ SHIPPED = pathlib.Path(__file__).parent / "data" / "mnist" / "model.npz"
 WEAK = SHIPPED.with_name("weak.npz")                            # the --weak of SHIPPED
 SHARPEN = 2                     # --sharpen where there is a weak model: see dpm.Contrast
 REPEATS = 5                     # --repeats of completed images: see dpm.Posterior
-MEASURED = 500, 1024            # samples and dimensions for Frechet's distance, as in evaluation
+MOST_D = 1024                   # dimensions of samples whose distance is measured, at most
 DEFAULT_STEPS = dict(images=70, sequences=None, points=None)    # of posteriors; None: all T
 DEFAULT_FREE_STEPS = DEFAULT_STEPS | dict(images=evaluation.IMAGE_STEPS)  # of free samples
 NUMBER = dict(images=64, sequences=40, points=2000)             # of free samples
@@ -99,6 +99,11 @@ def arguments():
     return args
 
 
+def can_sharpen(args):
+    """Denoising needs the model's own steps; particles and other noise don't go with a Contrast."""
+    return args.mode != "denoise" and not args.particles and args.eta is None
+
+
 def check(args):
     """What is wrong with the flags, whatever the model is."""
     for name, least in dict(number=1, seed=0, hole=1, particles=1, repeats=1).items():
@@ -118,10 +123,9 @@ def check(args):
         raise dpm.InputError("--repeats goes with --inpaint, without --particles")
     if args.sharpen is not None and not 0 <= args.sharpen < math.inf:
         raise dpm.InputError(f"--sharpen must be finite, and 0 or more, not {args.sharpen}")
-    if args.weak is not None or args.sharpen:
-        if args.mode == "denoise" or args.particles or args.eta is not None:
-            raise dpm.InputError("--weak and --sharpen are for free samples and --inpaint, without "
-                                 "--particles and --eta")
+    if (args.weak is not None or args.sharpen) and not can_sharpen(args):
+        raise dpm.InputError("--weak and --sharpen are for free samples and --inpaint, without "
+                             "--particles and --eta")
     if args.eta is not None and not 0 <= args.eta <= 1:
         raise dpm.InputError(f"--eta lies between 0 and 1, not at {args.eta}")
     if args.mode != "samples" and args.eta is not None:
@@ -175,12 +179,13 @@ def check_room(model, args, chains, path):
 
 def contrast(model, args, checkpoint):
     """The Contrast that sharpens the samples, in a list; or an empty list."""
-    plain = args.mode == "denoise" or args.particles or args.eta is not None or args.sharpen == 0
+    w, path = SHARPEN if args.sharpen is None else args.sharpen, args.weak
     shipped = WEAK.exists() and SHIPPED.exists() and os.path.samefile(checkpoint, SHIPPED)
-    path = args.weak if args.weak is not None else WEAK if shipped else None
+    if path is None and shipped and w and can_sharpen(args):
+        path = WEAK
     if args.sharpen and path is None:
         raise dpm.InputError("--sharpen needs a worse model of the same data: --weak PATH")
-    if path is None or plain and args.weak is None:
+    if path is None:
         return []
     weak = runs.load(path := runs.checkpoint_in(path), model.xp, model.comm)
     if os.path.samefile(path, checkpoint):
@@ -190,7 +195,6 @@ def contrast(model, args, checkpoint):
         raise dpm.InputError(f"--weak {path}: a model of other data, or of another pi")
     if weak.about["predict"] not in ("v", model.about["predict"]):
         raise dpm.InputError(f"--weak {path}: predicts {weak.about['predict']}; give one with v")
-    w = SHARPEN if args.sharpen is None else args.sharpen
     return [dpm.Contrast(weak, w)] if w else []
 
 
@@ -320,10 +324,11 @@ def main():
 
     shape = (number, *[draws] * (not free), model.D)
     runs.write_arrays(paths[".npz"], shape, map(model.raw, parts), arrays)
-    if free and "nearest" in arrays and len(first) >= MEASURED[0] and model.D <= MEASURED[1]:
-        found = evaluation.distances(dataset, first[:MEASURED[0]])
-        say(f"Frechet distance of {MEASURED[0]} samples from training images: "
-            f"{found['frechet']:.1f}; of test images it is {found['frechet_test']:.1f}")
+    n = evaluation.MEASURED
+    if free and "nearest" in arrays and len(first) >= n and model.D <= MOST_D:
+        found = evaluation.distances(dataset, first[:n], dataset.held_out(n))
+        say(f"Frechet distance of {n} samples from training images: {found['frechet']:.1f}; of "
+            f"test images it is {found['frechet_test']:.1f}")
     picture, layout = figures.sheet_of(model, sets, extra, SHOWN)
     if free and not layout.startswith(f"{number} "):
         layout = f"the first {layout} of {number}"

@@ -121,7 +121,8 @@ def settings(args, dataset):
         chosen["predict"] = "paper"
     check(args, chosen, dataset)
     sizes = dict(SIZES[chosen["network"]])
-    sizes |= dict(widths=chosen["widths"]) if chosen["widths"] else {}
+    if chosen["widths"]:
+        sizes["widths"] = chosen["widths"]
     if dataset.binary:
         sizes.pop("scales", None)
     elif chosen["network"] != "paper":

@@ -17,6 +17,7 @@ import data
 from data import figures, runs
 
 LN2 = math.log(2)
+MEASURED = 500     # samples of images for their distance from training images, see distances
 IMAGE_STEPS = 250  # of T, for free samples of images: nobody sees a difference from using all
 
 
@@ -127,21 +128,21 @@ def bits_per_dim(r, D, model):
             for end, shift in (("", unit), ("_se", 0.0)) if "K_bits" + end in r}
 
 
-def sample_measure(model, dataset, steps=50, number=500):
+def sample_measure(model, dataset, steps=50):
     """How far samples are from training images, and as many test images, see distances; nothing
     where fewer than 40 are held out."""
-    number, steps = len(dataset.held_out(number)), min(steps, model.T)
-    if number < 40:
+    test, steps = dataset.held_out(MEASURED), min(steps, model.T)
+    if len(test) < 40:
         return {}
-    samples = model.sample(number, 1, steps, progress=runs.progress(f"{number} samples"))
+    samples = model.sample(len(test), 1, steps, progress=runs.progress(f"{len(test)} samples"))
     runs.finite(samples, "samples")
-    return distances(dataset, samples) | dict(frechet_steps=steps)
+    return distances(dataset, samples, test) | dict(frechet_steps=steps)
 
 
-def distances(dataset, samples):
-    """Of at least 40 samples (n, D), and of as many test images, see frechet."""
+def distances(dataset, samples, test):
+    """Of samples (n, D), at least 40, and of as many test images, see frechet."""
     train = dataset.draw(5000, dpm.generator(np, "frechet"))
-    train, samples, test = in_components(train, samples, dataset.held_out(len(samples)))
+    train, samples, test = in_components(train, samples, test)
     return dict(frechet=frechet(train, samples), frechet_test=frechet(train, test))
 
 
