@@ -189,8 +189,7 @@ def new_model(dataset, chosen, xp, comm=None, threads=None):
     else:
         options, detail = dict(variance=chosen["variance"]), dataset.detail
         if chosen["decoder"] == "discretised":  # a third of a grey level: the decoder does the rest
-            ends = tuple((level - shift) / scale for level in (0.5, 255.5))
-            options, detail = options | dict(half=0.5 / scale, ends=ends), 1 / 3 / scale
+            options, detail = options | runs.decoder(shift, scale), 1 / 3 / scale
         alpha_bar = dpm.schedule("logsnr" if kind == "learned" else kind, T, detail ** 2)
         q = dpm.Gaussian(alpha_bar, xp, **options)
     return dpm.build(q, dataset.shape, chosen["network"], chosen["sizes"], chosen["predict"],

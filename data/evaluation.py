@@ -59,6 +59,9 @@ def evaluate(path, gpu, chains=(), parzen=False, comm=None):
         result[f"entropy_{name}_bits"] = float(np.nansum(H[2:])) / LN2
     if dataset.bytes:
         result |= bits_per_dim(result, D, model)
+    if dataset.test is not None and dataset.bytes and not q.discretised and (
+            about["predict"] != "paper"):
+        result |= bits_of_bytes(model, dataset.test[:len(x0)], bound)
     some, curves = x0[:1000 if image else 4000], {"the model": found["kl"]}
     if not dataset.binary:
         for variance in ("learned", "beta", "posterior"):
@@ -126,6 +129,20 @@ def bits_per_dim(r, D, model):
     unit = 0.0 if model.diffusion.discretised else math.log2(model.scale)
     return {"bits_per_dim" + end: abs(shift - r["K_bits" + end] / D)
             for end, shift in (("", unit), ("_se", 0.0)) if "K_bits" + end in r}
+
+
+def bits_of_bytes(model, bytes_, bound):
+    """bits/dim of the bytes (n, D) themselves, by the network of a model that was trained on
+    dequantised ones: with a discretised decoder (DDPM eq. 13), and from the first t on whose noise
+    is a third of a grey level, since the decoder does the rest."""
+    q, detail = model.diffusion, 1 / 3 / model.scale
+    first = np.searchsorted(np.sqrt(1 - dpm.to_host(q.alpha_bar[1:])), detail) + 1
+    alpha_bar = np.append(1, dpm.to_host(q.alpha_bar[first:]))
+    decoder = runs.decoder(model.shift, model.scale)
+    of_bytes = model.with_diffusion(dpm.Gaussian(alpha_bar, model.xp, q.variance, **decoder))
+    found = bound(of_bytes, model.normal(bytes_ + 0.5), "bound, discretised")
+    return {f"discretised_bits_per_dim{end}": abs(found[f"K{end}"]) / LN2 / model.D
+            for end in ("", "_se")}
 
 
 def sample_measure(model, dataset, steps=50):
@@ -269,6 +286,9 @@ def print_page(r, table, image, binary):
         print("in the units of later papers")
         line("bits/dim", r["bits_per_dim"], r["bits_per_dim_se"],
              f"of the 8-bit values, {kind}: a bound on code length")
+    if "discretised_bits_per_dim" in r:
+        line("  the same, discrete", r["discretised_bits_per_dim"],
+             r["discretised_bits_per_dim_se"], "from noise of a third of a grey level on")
     if table:
         print("rate and distortion (DDPM, Table 4): bits/dim of the steps from T down, error of "
               "x_0 in 0..255")
@@ -293,17 +313,19 @@ def compare(evaluated):
     images also samples."""
     how = dict(data=16, schedule=10, objective=11, variance=11, predict=9, decoder=13)
     print("\n" + "".join(f"{name:<{width}}" for name, width in how.items()) +
-          f"{'T':>5}{'K':>12}{'+-':>8}{'K*':>10}{'K - L_null':>12}{'bits/dim':>10}{'Frechet':>9}"
-          f"{'seconds':>9}")
+          f"{'T':>5}{'K':>12}{'+-':>8}{'K*':>10}{'K - L_null':>12}{'bits/dim':>10}{'discrete':>10}"
+          f"{'Frechet':>9}{'seconds':>9}")
     evaluated = sorted(evaluated, key=lambda pair: [
         pair[1][name] for name in ("dataset", "schedule", "objective", "timesteps")])
     for _, r in evaluated:
-        K_star, bits, frechet = (f"{r[key]:.4f}" if key in r else "-"
-                                 for key in ("K_star_bits", "bits_per_dim", "frechet"))
-        words = r | dict(data=pathlib.Path(r["dataset"]).name)
-        print("".join(f"{words[name]:<{width}}" for name, width in how.items()) +
+        r = r | dict(data=pathlib.Path(r["dataset"]).name)
+        if "L_T_bits" in r:
+            r["discretised_bits_per_dim"] = r.pop("bits_per_dim")
+        K_star, bits, discrete, frechet = (f"{r[key]:.4f}" if key in r else "-" for key in (
+            "K_star_bits", "bits_per_dim", "discretised_bits_per_dim", "frechet"))
+        print("".join(f"{r[name]:<{width}}" for name, width in how.items()) +
               f"{r['timesteps']:>5}{r['K_bits']:>12.4f}{r['K_bits_se']:>8.4f}{K_star:>10}"
-              f"{r['K_minus_L_null_bits']:>12.4f}{bits:>10}{frechet:>9}{r['seconds']:>9.0f}")
+              f"{r['K_minus_L_null_bits']:>12.4f}{bits:>10}{discrete:>10}{frechet:>9}{r['seconds']:>9.0f}")
     folder = pathlib.Path("runs")
     folder.mkdir(exist_ok=True)
     figures.comparison([r for _, r in evaluated], folder / "comparison.png")

@@ -115,6 +115,11 @@ def load_for(model):
     return dataset
 
 
+def decoder(shift, scale):
+    """Options of dpm.Gaussian for a discretised decoder of normalised bytes."""
+    return dict(half=0.5 / scale, ends=tuple((level - shift) / scale for level in (0.5, 255.5)))
+
+
 def device_name(xp):
     if xp is not np:
         return xp.cuda.runtime.getDeviceProperties(0)["name"].decode()
