@@ -291,9 +291,8 @@ class Diffusion:
 
     x0_for_r(xt, t, z)   p_x0 as this takes it
     dp_x0(xt, t, z, g)   dx and dz of a function whose gradient in the mean of p_x0 is g
-    guided(p, t, g, p_x0, given, search)   what to tilt p = p_back by, (n, D), where g (n, D) is the
-                         gradient of log r_t at x_t. given: p_x0 times the Observations in r;
-                         search: scale g by line_search (r has nothing but Observations)
+    guided(p, t, g, p_x0, given)   what to tilt p = p_back by, (n, D), where g (n, D) is the
+                         gradient of log r_t at x_t. given: p_x0 times the Observations in r
 
     Of t a network is told level = log((1 - alpha_bar_t) / alpha_bar_t), the log of the variance of
     noise over that of signal, and s = log(beta_t / beta~_t), 0 at t = 0 and 1; both (T + 1,)."""
@@ -428,7 +427,7 @@ class Gaussian(Diffusion):
         along = xp.sqrt(xp.maximum(1 - before - eta ** 2 * beta_tilde, 0))
         return Normal(xp, xp.sqrt(before) * x0 + along * eps, eta ** 2 * beta_tilde * (1 + c * u))
 
-    def guided(self, p, t, g, p_x0, given, search=False):
+    def guided(self, p, t, g, p_x0, given):
         """Given r, the mean of x_0 moves by g sin^2 phi / cos phi, since E[x_0 | x_t] is (x_t +
         sin^2 phi grad log q(x_t)) / cos phi (Tweedie), and f_mu with it, by g beta_t / sqrt(1 -
         beta_t); for small steps that is eq. 61, g f_sigma. Given x_t, x_0 has a deviation of sin
@@ -437,31 +436,9 @@ class Gaussian(Diffusion):
         `given`, moves to its value: f_mu is then mu~ of it."""
         xp, (cos, sin, from_x0) = self.xp, self._at(t, self.cos, self.sin, self.from_x0)
         gain = sin ** 2 / xp.where(cos > 0, cos, math.inf)  # alpha_bar_T = 0: x_T says nothing
-        if search:
-            g = g * self.line_search(gain * g, p_x0, given)
         move = xp.clip(gain * g, -5 * sin, 5 * sin)
         move = xp.where(given.variance > 0, move, given.mean - p_x0.mean)
         return from_x0 * move / p.variance
-
-    def line_search(self, move, p_x0, given):
-        """What to multiply this move by, (n, 1). r takes the errors of coordinates for independent,
-        so that one which 100 of them share is corrected 100 times. Let y be observed with noise
-        sigma, C be Cov[x_0 | x_t], and d = (y - mean) / (sin^2 phi + sigma^2), the gradient of log
-        r in the mean. The move is C d; of a Gaussian it should be C (C + sigma^2)^-1 (y - mean).
-        One step of conjugate gradients from 0 to this, preconditioned by sin^2 phi + sigma^2, is
-        a C d with
-
-            a = sum d (y - mean) / sum d (C + sigma^2) d
-
-        exact where one coordinate is observed. a = 0 where the sum below is not positive, which is
-        an error of the network. gap = y - mean comes from `given`: (given.mean - mean) / (1 -
-        given.variance / sin^2 phi)."""
-        xp, left = self.xp, given.variance / p_x0.variance
-        d = (given.mean - p_x0.mean) / p_x0.variance
-        gap = xp.where(left < 1, (given.mean - p_x0.mean) / xp.where(left < 1, 1 - left, 1), 0)
-        top = (d * gap).sum(1, keepdims=True)
-        below = (d * (move + gap - p_x0.variance * d)).sum(1, keepdims=True)
-        return xp.where(below > 1e-6 * top, top / xp.where(below > 0, below, 1), 0)
 
     def kl(self, x0, xt, t, z, v_weight=None):
         """The KL of a step, nats (n,), and dz. Per dimension, with e = v - v* and g = c u,
@@ -609,7 +586,7 @@ class Binomial(Diffusion):
         slope = self._log_odds(ones, t) - self._log_odds(0 * ones, t)
         return dodds * slope, dodds[..., None].astype(z.dtype)
 
-    def guided(self, p, t, g, p_x0, given, search=False):
+    def guided(self, p, t, g, p_x0, given):
         """g itself, eq. 61: a bit has no way to go too far."""
         return g
 
@@ -2038,8 +2015,7 @@ class Posterior:
 
         model.deal(work, len(x))
         p, p_x0 = q.p_back(x, t_x, z), q.x0_for_r(x, t_x, z)
-        search = not self.functions  # of theirs only the slope is known
-        return p, log_r, q.guided(p, t_x, g, p_x0, self.given(p_x0)[0], search)
+        return p, log_r, q.guided(p, t_x, g, p_x0, self.given(p_x0)[0])
 
     def sample(self, number, seed=0, steps=None, batch=64, keep=(), progress=iter, first=0):
         """Samples (number, D); the arguments are those of DPM.sample. The y of an Observation is

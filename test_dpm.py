@@ -70,10 +70,9 @@ MAP = [  # equation, what it says, where it is in dpm.py, which tests hold it
     ("SD 21 over 22", "the factor that eq. 22 drops, kept as a weight", "resampled pick",
      "test_particles_are_exact test_resampling test_posteriors_against_the_truth"),
     ("SD 23, section 2.5", "r along the trajectory",
-     "Posterior.predicted Posterior.of_x0 Gaussian.dp_x0 Binomial.dp_x0 Gaussian.guided "
-     "Gaussian.line_search",
+     "Posterior.predicted Posterior.of_x0 Gaussian.dp_x0 Binomial.dp_x0 Gaussian.guided",
      "test_denoising_follows_its_recursion test_r_of_what_a_network_predicts "
-     "test_guidance_is_the_posterior_mean test_guidance_by_a_function "
+     "test_guidance_moves_the_mean test_guidance_by_a_function "
      "test_repeats_come_closer_to_the_truth"),
     ("SD section 2.5", "times (p / p_weak)^w", "Contrast Normal.slope_against "
      "Bernoulli.slope_against",
@@ -1161,8 +1160,8 @@ def test_uniform_bytes_have_eight_bits():
 
 
 def test_bytes_of_a_model_of_dequantised_bytes():
-    """The best model of dequantised uniform bytes, with a decoder in place of its first steps, comes
-    near 8 bits, never below; the decoder is at the first noise of a third of a grey level."""
+    """The best model of dequantised uniform bytes, with a decoder for its first steps, comes near 8
+    bits, never below; the decoder is at the first noise of a third of a grey level."""
     scale, parts = 256 / math.sqrt(12), 4
     values = ((np.arange(256 * parts) + 0.5) / parts - 128) / scale
     best = dpm.IdealNetwork(data.Mixture(values[:, None], 1e-9).moments)
@@ -1496,28 +1495,24 @@ def test_r_of_what_a_network_predicts(q, network, shape, predict, monkeypatch):
 @pytest.mark.parametrize("seen, y, sigma", [
     ([0], [1.1], 0.0), ([0], [1.1], 0.7), ([0, 1, 2], [-1.0] * 3, 0.7), ([1, 2], [9e3] * 2, 0.0),
     ([2], [-9e3], 0.0)])
-def test_guidance_is_the_posterior_mean(t, seen, y, sigma):
-    """With the exact kernels of Gaussian data a guided step has the mean of x_{t-1} given x_t and
-    y, where one coordinate is observed, or all that are err alike: then the line search is all that
-    is missing. What is known moves to its value, the rest by at most 5 sin phi, and not at
-    all if the network's slope is of the wrong sign."""
+def test_guidance_moves_the_mean(t, seen, y, sigma):
+    """With the exact kernels of Gaussian data, where x_0 has the covariance C given x_t, the mean of
+    x_0 moves by C d, d_i = (y_i - mean_i) / (sin^2 phi + sigma^2), but by at most 5 sin phi; what
+    is known moves to its value. x_{t-1} follows as q_back has it."""
     S, x, sees = 0.1 * np.eye(3) + 0.9, np.full((1, 3), 0.2), np.full(3, np.inf)
     q, at, full = gaussian(50, 1e-3), np.array([t]), np.zeros(3)
     sees[seen], full[seen] = sigma, y
-    r, law = dpm.Observation(full, sees), correlated(S)
-    mean, variance, cov = law(x, q.alpha_bar[t])
-    C = cov(np.eye(3))
-    noisy = C[np.ix_(seen, seen)] + sigma ** 2 * np.eye(len(seen))
-    most = 5 * math.sqrt(1 - q.alpha_bar[t])
-    move = np.clip((y - mean[:, seen]) @ np.linalg.solve(noisy, C[seen]), -most, most)
-    cases = [(law, move)]
+    law = correlated(S)
+    mean, _, cov = law(x, q.alpha_bar[t])
+    rest = 1 - q.alpha_bar[t]
+    d, most = np.zeros((1, 3)), 5 * math.sqrt(rest)
+    d[:, seen] = (y - mean[:, seen]) / (rest + sigma ** 2)
+    move = np.clip(cov(d), -most, most)
     if sigma == 0:
-        backwards = lambda x, a: (mean, variance, lambda d: -cov(d))
-        cases.append((backwards, still := 0 * move))
-        move[:, seen] = still[:, seen] = y - mean[:, seen]
-    for law, moved in cases:
-        p, _, g = dpm.Posterior(exact_model(q, law, 3), r).predicted(x, t)
-        close(p.tilted(g)[0].mean, q.q_back(mean + moved, x, at).mean, rtol=1e-8)
+        move[:, seen] = y - mean[:, seen]
+    r = dpm.Observation(full, sees)
+    p, _, g = dpm.Posterior(exact_model(q, law, 3), r).predicted(x, t)
+    close(p.tilted(g)[0].mean, q.q_back(mean + move, x, at).mean, rtol=1e-8)
 
 
 @pytest.mark.parametrize("t", [2, 10, 30, 50])
