@@ -1496,9 +1496,9 @@ def test_r_of_what_a_network_predicts(q, network, shape, predict, monkeypatch):
     ([0], [1.1], 0.0), ([0], [1.1], 0.7), ([0, 1, 2], [-1.0] * 3, 0.7), ([1, 2], [9e3] * 2, 0.0),
     ([2], [-9e3], 0.0)])
 def test_guidance_moves_the_mean(t, seen, y, sigma):
-    """With the exact kernels of Gaussian data, where x_0 has the covariance C given x_t, the mean of
-    x_0 moves by C d, d_i = (y_i - mean_i) / (sin^2 phi + sigma^2), but by at most 5 sin phi; what
-    is known moves to its value. x_{t-1} follows as q_back has it."""
+    """With the exact kernels of Gaussian data, x_0 of covariance C given x_t, the mean of x_0 moves
+    by C d, d_i = (y_i - mean_i) / (sin^2 phi + sigma^2), but by at most 5 sin phi; what is known
+    moves to its value. x_{t-1} follows as q_back has it."""
     S, x, sees = 0.1 * np.eye(3) + 0.9, np.full((1, 3), 0.2), np.full(3, np.inf)
     q, at, full = gaussian(50, 1e-3), np.array([t]), np.zeros(3)
     sees[seen], full[seen] = sigma, y

@@ -21,7 +21,6 @@ import dpm  # before numpy: it keeps BLAS to one thread
 
 import argparse
 import contextlib
-import csv
 import math
 import pathlib
 import sys
@@ -248,11 +247,11 @@ def train(model, optimiser, dataset, out):
             if line_is_due:
                 add_up()
                 examples, kl = unlogged
-                climbed = gain(model.diffusion, mean, D) - kl / examples
+                climbed = evaluation.gain(model.diffusion, mean, D) - kl / examples
                 row = [optimiser.step, f"{time.perf_counter() - begun:.1f}", f"{climbed / LN2:.5g}"]
                 if leads:
-                    log(out / "log.csv", row)
-                shown.set_postfix_str(progress_note(model, climbed), refresh=False)
+                    runs.log(out / "log.csv", row)
+                shown.set_postfix_str(evaluation.progress_note(model, climbed), refresh=False)
                 unlogged[:] = 0
                 if time.perf_counter() - saved_at > SAVE_EVERY:
                     save()
@@ -266,31 +265,6 @@ def train(model, optimiser, dataset, out):
         if leads:
             print(f"stopped at step {optimiser.step}; go on with: python train.py --resume {out}")
         sys.exit(130)
-
-
-def log(path, row):
-    try:
-        with open(path, "a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow(row)
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}; {path} cannot be written") from None
-
-
-def gain(q, mean, D):
-    """What K - L_null would be if every KL were 0, for data of this mean (1, D) and variance 1."""
-    null = float(q.log_null(mean)[0]) - (0 if isinstance(q, dpm.Binomial) else 0.5 * D)
-    if q.discretised:
-        return -float(q.from_pi(q.T, mean + 1)[0]) - null
-    ones = mean if isinstance(q, dpm.Binomial) else mean + 1  # second moment 1
-    return float((q.H_q(q.T, mean) - q.H_q(1, mean) - q.H_p(ones))[0]) - null
-
-
-def progress_note(model, climbed):
-    note = f"K - L_null {climbed / LN2:.4g} bits"
-    if model.about["bytes"]:
-        null = 0.5 * math.log2(2 * math.pi * math.e)
-        note += f", {math.log2(model.scale) + null - climbed / LN2 / model.D:.3f} bits/dim"
-    return note
 
 
 def benchmark(args):
@@ -357,14 +331,6 @@ def resume(args, comm):
     return model, optimiser, dataset, out
 
 
-def cut_log(path, step):
-    """What was logged after the checkpoint will be computed, and logged, again."""
-    rows = path.read_text().splitlines()[1:] if path.exists() else []
-    kept = [row for row in rows if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= step]
-    with dpm.written_whole(path) as part:
-        part.write_text("\n".join([",".join(COLUMNS), *kept, ""]))
-
-
 def main():
     args = arguments()
     comm = runs.ranks(dpm.backend(args.gpu))
@@ -387,7 +353,7 @@ def main():
     model.comm.sum(np.zeros(1))  # all ranks have chosen the same free directory before one makes it
     with runs.locked(out) if leads else contextlib.nullcontext():
         if leads:
-            cut_log(out / "log.csv", optimiser.step)
+            runs.cut_log(out / "log.csv", COLUMNS, optimiser.step)
             print(dataset.describe())
             print(f"{out}: {model.theta.size:,} weights, T = {model.T}, on "
                   f"{runs.device_name(model.xp)}", flush=True)

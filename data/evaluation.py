@@ -96,6 +96,23 @@ def evaluate(path, gpu, chains=(), parzen=False, comm=None):
     return out, result
 
 
+def gain(q, mean, D):
+    """What K - L_null would be if every KL were 0, for data of this mean (1, D) and variance 1."""
+    null = float(q.log_null(mean)[0]) - (0 if isinstance(q, dpm.Binomial) else 0.5 * D)
+    if q.discretised:
+        return -float(q.from_pi(q.T, mean + 1)[0]) - null
+    ones = mean if isinstance(q, dpm.Binomial) else mean + 1  # second moment 1
+    return float((q.H_q(q.T, mean) - q.H_q(1, mean) - q.H_p(ones))[0]) - null
+
+
+def progress_note(model, climbed):
+    note = f"K - L_null {climbed / LN2:.4g} bits"
+    if model.about["bytes"]:
+        null = 0.5 * math.log2(2 * math.pi * math.e)
+        note += f", {math.log2(model.scale) + null - climbed / LN2 / model.D:.3f} bits/dim"
+    return note
+
+
 def beside_the_truth(model, dataset, x0, found, bound):
     """What is known of data whose density is known: L, K* - K, and estimates of log p(x_0) by S
     trajectories (bits); and the KLs of the ideal kernel (nats)."""
@@ -325,7 +342,8 @@ def compare(evaluated):
             "K_star_bits", "bits_per_dim", "discretised_bits_per_dim", "frechet"))
         print("".join(f"{r[name]:<{width}}" for name, width in how.items()) +
               f"{r['timesteps']:>5}{r['K_bits']:>12.4f}{r['K_bits_se']:>8.4f}{K_star:>10}"
-              f"{r['K_minus_L_null_bits']:>12.4f}{bits:>10}{discrete:>10}{frechet:>9}{r['seconds']:>9.0f}")
+              f"{r['K_minus_L_null_bits']:>12.4f}{bits:>10}{discrete:>10}{frechet:>9}"
+              f"{r['seconds']:>9.0f}")
     folder = pathlib.Path("runs")
     folder.mkdir(exist_ok=True)
     figures.comparison([r for _, r in evaluated], folder / "comparison.png")

@@ -5,6 +5,7 @@ import dpm  # before numpy, see there
 
 import argparse
 import contextlib
+import csv
 import os
 import pathlib
 import platform
@@ -146,6 +147,22 @@ def write_arrays(path, shape, parts, others):
         for name, x in others.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, x)
+
+
+def log(path, row):
+    try:
+        with open(path, "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow(row)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; {path} cannot be written") from None
+
+
+def cut_log(path, columns, step):
+    """What was logged after the checkpoint will be computed, and logged, again."""
+    rows = path.read_text().splitlines()[1:] if path.exists() else []
+    kept = [row for row in rows if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= step]
+    with dpm.written_whole(path) as part:
+        part.write_text("\n".join([",".join(columns), *kept, ""]))
 
 
 @contextlib.contextmanager

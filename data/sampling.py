@@ -1,0 +1,124 @@
+"""How sample.py draws: the chains and their Contrast, part by part, as far as the machine has room.
+"""
+import dpm  # before numpy, see there
+
+import os
+import pathlib
+import shutil
+
+import numpy as np
+
+from data import evaluation, figures, runs
+
+SHIPPED = pathlib.Path(__file__).parent / "mnist" / "model.npz"
+WEAK = SHIPPED.with_name("weak.npz")                # the --weak of SHIPPED
+SHARPEN = 2                     # --sharpen where there is a weak model: see dpm.Contrast
+REPEATS = 5                     # --repeats of completed images: see dpm.Posterior
+STEPS = 70                      # of T, for posteriors of images; half of them with repeats
+PART = 4096                     # free samples are drawn and written so many at a time, at most
+SHOWN = 1024                    # images or sequences in a picture, at most
+MOVED = dict(images=64, sequences=64, points=2000)  # in a GIF or a strip, at most
+PIXEL = 10_000                  # bytes that a network takes for a pixel, about
+
+
+def can_sharpen(args):
+    """Denoising needs the model's own steps; particles and other noise don't go with a Contrast."""
+    return args.mode != "denoise" and not args.particles and args.eta is None
+
+
+def check_room(model, args, chains, path):
+    """InputError if this machine cannot hold the chains of a part, or one batch in the network, or
+    its disk not the samples."""
+    try:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    except (AttributeError, ValueError, OSError):   # Windows does not say
+        have = 16
+    free, way = args.mode == "samples", 60 * args.gif + 10 * args.trajectory
+    stored = (min(chains, part_of(model.D)) * 32 if free else chains * 40) * model.D
+    network = model.threads * max(6400, model.shape[0] * model.shape[1]) * PIXEL
+    crowd = 100 * model.D * (args.particles or 1)
+    crowd += way * min(chains, MOVED[figures.kind_of(model)]) * model.D * 8
+    path = next(place for place in path.absolute().parents if place.is_dir())
+    rooms = [("memory, and the machine", stored + network + crowd, have)]
+    if model.comm.rank == 0:                        # which writes
+        rooms.append(("disk, which", chains * model.D * 8, shutil.disk_usage(path).free / 1e9))
+    for what, need, have in rooms:
+        need = min(need, 10 ** 18) / 1e9
+        if need > have:
+            raise dpm.InputError(f"this takes about {need:.3g} GB of {what} has {have:.3g}: fewer "
+                                 "samples or particles, or smaller pictures")
+
+
+def contrast(model, args, checkpoint):
+    """The Contrast that sharpens the samples, in a list; or an empty list."""
+    w, path = SHARPEN if args.sharpen is None else args.sharpen, args.weak
+    shipped = WEAK.exists() and SHIPPED.exists() and os.path.samefile(checkpoint, SHIPPED)
+    if path is None and shipped and w and can_sharpen(args):
+        path = WEAK
+    if args.sharpen and path is None:
+        raise dpm.InputError("--sharpen needs a worse model of the same data: --weak PATH")
+    if path is None:
+        return []
+    weak = runs.load(path := runs.checkpoint_in(path), model.xp, model.comm)
+    if os.path.samefile(path, checkpoint):
+        raise dpm.InputError(f"--weak {path}: this is the model itself; give a worse one")
+    if weak.about["digest"] != model.about["digest"] or weak.shape != model.shape or (
+            getattr(weak.diffusion, "rate", None) != getattr(model.diffusion, "rate", None)):
+        raise dpm.InputError(f"--weak {path}: a model of other data, or of another pi")
+    if weak.about["predict"] not in ("v", model.about["predict"]):
+        raise dpm.InputError(f"--weak {path}: predicts {weak.about['predict']}; give one with v")
+    return [dpm.Contrast(weak, w)] if w else []
+
+
+def repeats_of(args, kind):
+    several = args.mode == "inpaint" and kind == "images" and not args.particles
+    return args.repeats or (REPEATS if several else 1)
+
+
+def shortened(model, args):
+    """The model with the steps that the flags ask for, or with as many as nobody sees a difference
+    from; of points and sequences all T."""
+    kind, S = figures.kind_of(model), args.steps
+    if S is None and kind == "images":
+        S = min(model.T, evaluation.IMAGE_STEPS if args.mode == "samples"
+                else STEPS // 2 if repeats_of(args, kind) > 1 else STEPS)
+    return model if S is None else model.shortened(S)
+
+
+def sampler(model, args, r, x_T):
+    """A function that draws n samples: posterior where there is an r, a list, or else free, from
+    x_T where that is given."""
+    batch = (2 ** 16 if model.xp is np else 2 ** 20) // model.D
+    options = dict(seed=args.seed, batch=max(model.threads, min(1024, batch)),
+                   progress=lambda ticks: runs.bar(ticks, "reverse steps"))
+    if not r:
+        options |= dict(eta=1.0 if args.eta is None else args.eta)
+        return lambda n, **more: model.sample(
+            n, x_T=None if x_T is None else x_T[:n], **options, **more)
+    posterior = dpm.Posterior(model, r, args.r_schedule or "predicted", args.particles or 1,
+                              repeats_of(args, figures.kind_of(model)))
+    return lambda n, **more: posterior.rows(slice(n)).sample(n, **options, **more)
+
+
+def part_of(D):
+    """How many samples are drawn and written at a time: all that a picture shows, or more."""
+    return max(min(PART, 2 ** 26 // D), min(SHOWN, PART))
+
+
+def parts_of(sample, number, part):
+    """Samples (n, D), part by part, so that memory does not grow with their number."""
+    for first in range(0, number, part):
+        x = sample(min(part, number - first), first=first)
+        runs.finite(x, "samples")
+        yield x
+
+
+def on_the_way(sample, chains, args, kind, T):
+    """{t: x_t} of the first of the samples, at the times of a GIF or a strip. Sample k is the same
+    however many there are."""
+    if not args.gif and not args.trajectory:
+        return {}
+    times = figures.times(T, 60) * args.gif + figures.times(T, 10) * args.trajectory
+    samples, kept = sample(min(chains, MOVED[kind]), keep=set(times) - {0})
+    runs.finite(samples, "samples")
+    return kept | {0: samples}
