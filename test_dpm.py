@@ -37,7 +37,7 @@ from scipy.special import log_ndtr, logsumexp, ndtr, softmax
 import data
 import sample
 import train
-from data import evaluation, figures, observations, runs
+from data import evaluation, figures, observations, runs, sampling
 
 HERE = pathlib.Path(__file__).parent
 LN2 = math.log(2)
@@ -2682,7 +2682,7 @@ def test_free_samples(place):
 @scripts
 def test_samples_are_written_part_by_part(place, monkeypatch):
     whole = drawn(place, "--number", 5)
-    monkeypatch.setattr(sample, "PART", 2)
+    monkeypatch.setattr(sampling, "PART", 2)
     parts = drawn(place, "--number", 5)
     assert "the first 2 samples of 5" in parts.said
     assert (np.floor(parts.samples) == np.floor(whole.samples)).mean() > 0.99
