@@ -43,7 +43,7 @@ def arguments():
     g.add_argument("--steps", metavar="S", type=int, help="use this many of the T steps "
                    f"(posteriors of images: {sampling.STEPS}, with --repeats "
                    f"{sampling.STEPS // 2}; free images: {evaluation.IMAGE_STEPS}; else all)")
-    g.add_argument("--eta", metavar="X", type=float,
+    g.add_argument("--eta", metavar="X", type=float, default=1.0,
                    help="noise of the steps: 1 the model's, 0 none, which is DDIM (1); below 1 "
                    "nothing is sharpened")
     g.add_argument("--weak", metavar="PATH", help="a worse model of the same data: samples keep "
@@ -61,8 +61,8 @@ def arguments():
                    help="--inpaint center: a hole of N x N pixels")
     g.add_argument("--input", metavar="FILE", nargs="+",
                    help="your own pictures, to complete, or noisy ones")
-    g.add_argument("--particles", metavar="N", type=int, help="weighted chains for each sample, "
-                   "which are neither sharpened nor repeated (1)")
+    g.add_argument("--particles", metavar="N", type=int, default=1,
+                   help="weighted chains for each sample, neither sharpened nor repeated (1)")
     g.add_argument("--repeats", metavar="N", type=int, help="make each decisive step N times "
                    f"(--inpaint of images: {sampling.REPEATS}; else 1)")
     g.add_argument("--r-schedule", metavar="NAME", choices=dpm.R_SCHEDULES,
@@ -78,7 +78,6 @@ def arguments():
     args = p.parse_args()
     args.mode = "samples" if args.inpaint is None else "inpaint"
     args.mode = args.mode if args.denoise is None else "denoise"
-    args.eta, args.particles = (None if a == 1 else a for a in (args.eta, args.particles))
     return args
 
 
@@ -95,18 +94,18 @@ def check(args):
                              f"{SIGMA[1]:g}, not {args.denoise:g}")
     if args.hole and args.inpaint != "center":
         raise dpm.InputError("--hole goes with --inpaint center")
-    if args.mode == "samples" and (args.input or args.particles or args.r_schedule):
+    if args.mode == "samples" and (args.input or args.particles > 1 or args.r_schedule):
         raise dpm.InputError("--input, --particles and --r-schedule go with --inpaint or --denoise")
-    if args.repeats and (args.mode != "inpaint" or args.particles):
+    if args.repeats and (args.mode != "inpaint" or args.particles > 1):
         raise dpm.InputError("--repeats goes with --inpaint, without --particles")
     if args.sharpen is not None and not 0 <= args.sharpen < math.inf:
         raise dpm.InputError(f"--sharpen must be finite, and 0 or more, not {args.sharpen}")
     if (args.weak is not None or args.sharpen) and not sampling.can_sharpen(args):
         raise dpm.InputError("--weak and --sharpen are for free samples and --inpaint, without "
                              "--particles and --eta")
-    if args.eta is not None and not 0 <= args.eta <= 1:
+    if not 0 <= args.eta <= 1:
         raise dpm.InputError(f"--eta lies between 0 and 1, not at {args.eta}")
-    if args.mode != "samples" and args.eta is not None:
+    if args.mode != "samples" and args.eta != 1:
         raise dpm.InputError("--eta is for free samples: omit it with --inpaint and --denoise")
 
 
@@ -124,25 +123,21 @@ def files(args):
     return paths
 
 
-def find_checkpoint(given):
-    newest = runs.newest_run() or sampling.SHIPPED
-    return newest if given is None else runs.checkpoint_in(given)
-
-
 def main():
     args = arguments()
     check(args)
-    free, checkpoint = args.mode == "samples", find_checkpoint(args.checkpoint)
+    free = args.mode == "samples"
+    checkpoint = runs.checkpoint_in(args.checkpoint or runs.newest_run() or sampling.SHIPPED)
     model = runs.load(checkpoint, xp := dpm.backend(args.gpu), runs.ranks(xp))
     say = print if model.comm.rank == 0 else lambda *_, **__: None
-    whole, kind, shape, dataset = model, figures.kind_of(model), model.shape, None
+    whole, kind, dataset = model, figures.kind_of(model), None
     binary, sharpen = model.about["binary"], sampling.contrast(model, args, checkpoint)
     try:
         dataset = runs.load_for(model)
     except dpm.InputError:
         if not free and not args.input:
             raise                                   # free samples and own pictures do without
-    if args.eta is not None and binary:
+    if args.eta != 1 and binary:
         raise dpm.InputError("--eta is for numbers: bits have no path without noise")
     model = sampling.shortened(model, args)
     number = args.number or (NUMBER[kind] if free else observations.GIVEN)
@@ -158,7 +153,7 @@ def main():
     if not free:
         given, unknown, observation = observations.observed(model, args, truth, draws)
         r = [observation, *sharpen]
-        if args.mode == "denoise" and not (binary or args.particles or args.r_schedule):
+        if args.mode == "denoise" and not (binary or args.particles > 1 or args.r_schedule):
             model, x_T = observations.begun(model, np.repeat(given, draws, 0), args.denoise)
             r = []                                  # noise under data is what the chain undoes
         noisy = args.input and args.mode == "denoise"
@@ -189,7 +184,7 @@ def main():
         shown = sets["samples"]
         for line in observations.report(model, args, truth, given, unknown, shown, mean):
             say(line)
-    if kind == "images" and dataset and dataset.train is not None and model.shape == shape:
+    if kind == "images" and dataset and dataset.train is not None and model.shape == whole.shape:
         near, distance = observations.nearest(dataset, sets["samples"][:sampling.SHOWN, 0])
         usual = observations.nearest(dataset, dataset.held_out(len(distance)))[1]
         say(f"nearest training image: {distance.mean():.3f} away, root mean square in units of the "
@@ -203,11 +198,11 @@ def main():
 
     shape = (number, *[draws] * (not free), model.D)
     runs.write_arrays(paths[".npz"], shape, map(model.raw, parts), arrays)
-    n = evaluation.MEASURED
-    if free and "nearest" in arrays and len(first) >= n and model.D <= MOST_D:
-        found = evaluation.distances(dataset, first[:n], dataset.held_out(n))
-        say(f"Frechet distance of {n} samples from training images: {found['frechet']:.1f}; of "
-            f"test images it is {found['frechet_test']:.1f}")
+    test = dataset.held_out(evaluation.MEASURED) if free and "nearest" in arrays else ()
+    if 40 <= len(test) <= len(first) and model.D <= MOST_D:
+        found = evaluation.distances(dataset, first[:len(test)], test)
+        say(f"Frechet distance of {len(test)} samples from training images: {found['frechet']:.1f};"
+            f" of as many test images it is {found['frechet_test']:.1f}")
     picture, layout = figures.sheet_of(model, sets, extra, sampling.SHOWN)
     if free and not layout.startswith(f"{number} "):
         layout = f"the first {layout} of {number}"

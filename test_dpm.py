@@ -1181,6 +1181,9 @@ def test_bytes_of_a_model_of_dequantised_bytes():
         q = models[-1].diffusion
         assert q.discretised and 1 / 3 < q.sin[1] * scale < 0.4
         close(q.alpha_bar[1:], alpha_bar[-q.T:])
+    short = model.with_diffusion(dpm.Gaussian(alpha_bar[[0, 1, -1]]))
+    assert evaluation.bits_of_bytes(short, raw, bound)["discretised_bits_per_dim"] > 8
+    assert models[-1].T == 2  # of so few steps none can be left out
 
 
 # Samples
@@ -2585,6 +2588,9 @@ def test_a_full_disk_loses_no_checkpoint(straight, tmp_path, room, names):
     end = ended(process("--resume", "run", "--steps", 405, cwd=tmp_path, preexec_fn=limit))
     assert end.status == 2 and end.err.count("\n") == 1 and names in end.err, end.err
     assert (run / "checkpoint.npz").read_bytes() == before and not list(run.glob(".part-*"))
+    figures.curve(run / "log.csv", tmp_path / "curve.png")  # of whole rows
+    runs.cut_log(run / "log.csv", train.COLUMNS, 10 ** 9)
+    assert {len(row.split(",")) for row in (run / "log.csv").read_text().splitlines()} == {3}
 
 
 @stops

@@ -29,7 +29,7 @@ import time
 import numpy as np
 
 import data
-from data import evaluation, runs, speed
+from data import evaluation, figures, runs, speed
 
 LN2 = math.log(2)
 SAVE_EVERY = 30  # seconds between checkpoints
@@ -110,8 +110,7 @@ def settings(args, dataset):
     given = {name: value for name, value in vars(args).items()
              if name in chosen and value is not None}
     chosen |= given | dict(steps=args.steps[0] if args.steps else chosen["steps"])
-    if chosen["network"] is None:
-        chosen["network"] = "mlp" if kind == "vector" else "unet"
+    chosen["network"] = chosen["network"] or ("mlp" if kind == "vector" else "unet")
     if chosen["network"] == "unet":
         chosen["widths"] = chosen["widths"] or list(SIZES["unet"]["widths"])
     if chosen["schedule"] == "learned" and "objective" not in given:
@@ -134,9 +133,8 @@ def check(args, chosen, dataset):
     """InputError for the first rule that the settings of a run break."""
     c, name, threads = chosen, dataset.name, args.threads
     paper, learned = c["network"] == "paper", c["schedule"] == "learned"
-    usual = dict(objective="K", variance="learned", predict="v", decoder="dequantised")
-    numbers_only = [flag for flag in usual if c[flag] not in (usual[flag], "paper")]
-    numbers_only += ["schedule"] * learned + [""]
+    numbers_only = [flag for flag in ("objective", "variance", "predict", "decoder")
+                    if c[flag] not in (ALWAYS[flag], "paper")] + ["schedule"] * learned
     rules = [
         (args.steps and len(args.steps) > 1,
          "several --steps go with --evaluate; a training has one number of steps"),
@@ -149,8 +147,8 @@ def check(args, chosen, dataset):
         (threads is not None and not 1 <= threads <= 1024,
          f"--threads must be 1 to 1024, not {threads}"),
         (c["seed"] < 0, f"--seed must not be negative, as {c['seed']} is"),
-        (dataset.binary and numbers_only[0],
-         f"--{numbers_only[0]} is for numbers; {name} is made of bits"),
+        (dataset.binary and numbers_only,
+         f"--{', --'.join(numbers_only)} is for numbers; {name} is made of bits"),
         (not dataset.binary and c["rate"] is not None,
          f"--rate is for bits; {name} is made of numbers"),
         (learned and c["objective"] != "K", "--schedule learned ascends K: omit --objective"),
@@ -166,8 +164,7 @@ def check(args, chosen, dataset):
          "--network paper has its own variance, eq. 64: omit --variance"),
         (c["widths"] and c["network"] != "unet",
          f"--widths are those of a U-Net, and the network is {c['network']}"),
-        (c["widths"] and not (len(c["widths"]) <= 10 and all(
-            type(width) is int and 0 < width <= 1024 for width in c["widths"])),
+        (c["widths"] and not (len(c["widths"]) <= 10 and all(0 < w <= 1024 for w in c["widths"])),
          f"--widths must be at most ten numbers of 1 to 1024, not {str(c['widths']):.50}"),
         (c["network"] == "mlp" and dataset.shape[:2] != (1, 1),
          f"--network mlp is for vectors; {name} holds images"),
@@ -208,19 +205,13 @@ def train(model, optimiser, dataset, out):
     log_every, leads = max(1, steps // 200), model.comm.rank == 0
     tables = dpm.objective(about["objective"], q)
     mean = xp.full((1, D), dataset.mean)
-    checkpoint, stopped, saved_step, recent, norm = out / "checkpoint.npz", [], 0, [], 0.0
-    unlogged = np.array(about.get("unlogged", [0.0, 0.0]))  # examples and their KLs, not logged yet
+    checkpoint, stopped, saved_step, norm = out / "checkpoint.npz", [], optimiser.step, 0.0
+    examples, kl = about.get("unlogged", (0, 0.0))  # not logged yet, and the sum of their KLs
     begun, saved_at = time.perf_counter() - about.get("seconds", 0.0), -math.inf
 
-    def add_up():
-        for kl in recent:
-            unlogged[:] += [len(kl), float(kl.sum())]
-        recent.clear()
-
     def save():
-        add_up()
         about.update(trained_steps=optimiser.step, seconds=round(time.perf_counter() - begun, 1),
-                     device=runs.device_name(xp), unlogged=unlogged.tolist())
+                     device=runs.device_name(xp), unlogged=[examples, float(kl)])
         if leads:
             dpm.save(model, checkpoint, optimiser)
 
@@ -234,25 +225,24 @@ def train(model, optimiser, dataset, out):
     handlers = {s: signal.signal(s, lambda *_: stopped.append(True))
                 for s in (signal.SIGINT, signal.SIGTERM)}
     with runs.bar(None, "train", total=steps * number, initial=optimiser.step * number,
-             unit=runs.noun(dataset)[:-1], unit_scale=True) as shown:
+             unit=figures.kind_of(model)[:-1], unit_scale=True) as shown:
         while optimiser.step < steps and not model.comm.sum(np.array([len(stopped)]))[0]:
             rng = dpm.generator(dataset.xp, "batch", seed, optimiser.step)
             x0 = xp.asarray(dataset.draw(number, rng, model.dtype))
-            recent.append(model.gradient(x0, seed, optimiser.step, tables=tables)[1])
+            kl = kl + model.gradient(x0, seed, optimiser.step, tables=tables)[1].sum()
+            examples += number
             norm = model.step(optimiser)
             shown.update(number)
             line_is_due = optimiser.step % log_every == 0 or optimiser.step == steps
             if xp is np or line_is_due:  # so as not to wait for a GPU at every step
                 check_finite(norm)
             if line_is_due:
-                add_up()
-                examples, kl = unlogged
-                climbed = evaluation.gain(model.diffusion, mean, D) - kl / examples
+                climbed = evaluation.gain(model.diffusion, mean, D) - float(kl) / examples
                 row = [optimiser.step, f"{time.perf_counter() - begun:.1f}", f"{climbed / LN2:.5g}"]
                 if leads:
                     runs.log(out / "log.csv", row)
                 shown.set_postfix_str(evaluation.progress_note(model, climbed), refresh=False)
-                unlogged[:] = 0
+                examples, kl = 0, 0.0
                 if time.perf_counter() - saved_at > SAVE_EVERY:
                     save()
                     saved_at, saved_step = time.perf_counter(), optimiser.step
@@ -267,31 +257,21 @@ def train(model, optimiser, dataset, out):
         sys.exit(130)
 
 
-def benchmark(args):
-    """Measures the speed of the model that --dataset would train."""
-    xp, dataset = dpm.backend(args.gpu), data.load(args.dataset or "mnist", args.crop, args.resize)
-    chosen = settings(args, dataset)
-    model = new_model(dataset, chosen, xp, threads=args.threads)
-    dataset.to(xp)
-    optimiser = model.optimiser(**optimiser_options(chosen))
-    speed.benchmark(model, optimiser, dataset, chosen["batch_size"])
-
-
 # ------------------------------------------------------------------------------------------------
 # Runs
 # ------------------------------------------------------------------------------------------------
 
 
-def start(args, comm):
+def start(args, xp, comm):
     """A new run: its model, its optimiser, its data, its directory."""
-    xp = dpm.backend(args.gpu)
     if args.out is not None and not args.out.strip():
         raise dpm.InputError("--out: give the name of a directory, or omit the flag")
     if args.out and (pathlib.Path(args.out) / "checkpoint.npz").exists():
         raise dpm.InputError(f"--out {args.out} holds another run; choose a new directory, or go "
                              f"on with that run: --resume {args.out}")
-    name = "swissroll" if args.dataset is None else args.dataset
-    dataset = data.load(name, args.crop, args.resize, bool(args.flips))
+    usual = "mnist" if args.benchmark else "swissroll"
+    name = usual if args.dataset is None else args.dataset
+    dataset = data.load(name, args.crop, args.resize, args.flips)
     chosen = settings(args, dataset)
     dataset.dequantise = chosen["decoder"] == "dequantised"
     model = new_model(dataset, chosen, xp, comm, args.threads)
@@ -299,14 +279,16 @@ def start(args, comm):
     return model, model.optimiser(**optimiser_options(chosen)), dataset, out
 
 
-def resume(args, comm):
+def resume(args, xp, comm):
     """A stopped run, as its last checkpoint has it. Of the training flags only --steps may differ.
     """
     newest = runs.newest_run()
-    if not (args.resume or args.out or newest):
+    if args.out:
+        raise dpm.InputError("--resume DIR goes on in DIR; omit --out")
+    if not (args.resume or newest):
         raise dpm.InputError("--resume: there is no run in runs/; give a run's directory")
-    out = pathlib.Path(args.resume or args.out or newest.parent)
-    model, optimiser = dpm.resume(out / "checkpoint.npz", dpm.backend(args.gpu), comm)
+    out = pathlib.Path(args.resume or newest.parent)
+    model, optimiser = dpm.resume(out / "checkpoint.npz", xp, comm)
     runs.check_about(model.about, out / "checkpoint.npz")
     dataset = runs.load_for(model)
     shares = model.threads * model.comm.size
@@ -314,10 +296,10 @@ def resume(args, comm):
         raise dpm.InputError(f"{out} was started with {shares} shares of a batch, which are "
                              f"threads times ranks, not {args.threads * model.comm.size}; omit "
                              "--threads")
-    if args.dataset is not None:
-        args.dataset = data.load(args.dataset, args.crop, args.resize, bool(args.flips)).name
+    if args.dataset and str(pathlib.Path(args.dataset).resolve()) == dataset.name:
+        args.dataset = dataset.name
     for name in FIXED:
-        if getattr(args, name, None) not in (None, model.about[name]):
+        if getattr(args, name) not in (None, model.about[name]):
             raise dpm.InputError(f"{out} was started with --{name.replace('_', '-')} "
                                  f"{model.about[name]}, not {getattr(args, name)}; omit the flag")
     if args.steps:
@@ -333,22 +315,24 @@ def resume(args, comm):
 
 def main():
     args = arguments()
-    comm = runs.ranks(dpm.backend(args.gpu))
+    xp = dpm.backend(args.gpu)
+    comm = None if args.benchmark else runs.ranks(xp)
     if args.parzen and not args.evaluate:
         raise dpm.InputError("--parzen goes with --evaluate DIR")
-    if args.benchmark:
-        return benchmark(args)
     if args.evaluate:
-        given = [name for name in (*FIXED, "out", "resume", "threads", "no_evaluate")
-                 if getattr(args, name, None) not in (None, False)]
+        given = [name for name in (*FIXED, "out", "resume", "threads", "no_evaluate", "benchmark")
+                 if getattr(args, name) is not None and getattr(args, name) is not False]
         if given:
             flag = given[0].replace("_", "-")
             raise dpm.InputError(f"--evaluate takes a run as it is; omit --{flag}")
-        evaluated = [evaluation.evaluate(path, args.gpu, args.steps or (), args.parzen, comm)
+        evaluated = [evaluation.evaluate(path, xp, args.steps or (), args.parzen, comm)
                      for path in args.evaluate]
         several = len(evaluated) > 1 and runs.mpi_rank() == 0
         return evaluation.compare(evaluated) if several else None
-    model, optimiser, dataset, out = (start if args.resume is None else resume)(args, comm)
+    model, optimiser, dataset, out = (start if args.resume is None else resume)(args, xp, comm)
+    if args.benchmark:
+        dataset.to(xp)
+        return speed.benchmark(model, optimiser, dataset, model.about["batch_size"])
     leads = model.comm.rank == 0
     model.comm.sum(np.zeros(1))  # all ranks have chosen the same free directory before one makes it
     with runs.locked(out) if leads else contextlib.nullcontext():
@@ -361,9 +345,9 @@ def main():
         if optimiser.step < model.about["steps"]:
             train(model, optimiser, dataset, out)
         if not args.no_evaluate:
-            evaluation.evaluate(out, args.gpu, comm=comm)
+            evaluation.evaluate(out, xp, comm=comm)
     if leads:
-        image = runs.noun(dataset) == "images"
+        image = figures.kind_of(model) == "images"
         print(f"next: python sample.py --checkpoint {out}" + (" --inpaint" if image else ""))
 
 

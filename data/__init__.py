@@ -23,6 +23,7 @@ arrays.py is data from files, endless.py is data made by a law.
 """
 from dpm import InputError, generator  # before numpy: dpm keeps BLAS to one thread
 
+import contextlib
 import os
 import pathlib
 
@@ -64,28 +65,23 @@ def load(name_or_path, crop=None, resize=None, flips=False):
         return dataset or _from_files(name, crop, resize, flips)
 
 
+MADE = {"swissroll": (SwissRoll, float, 0.04, 1e-3, 1, "the noise of the roll is a number from "
+                      "0.001 to 1, as in swissroll:0.002"),
+        "deadleaves": (DeadLeaves, int, 32, 4, 256, "the side of the pictures is a whole number of "
+                       "pixels from 4 to 256, as in deadleaves:64")}
+
+
 def _made(name):
     """The endless data of that name, or None."""
     kind, _, option = name.partition(":")
     if name == "heartbeat":
         return Heartbeat()
-    try:
-        if kind == "swissroll":
-            noise = float(option or 0.04)
-            if 1e-3 <= noise <= 1:
-                return SwissRoll(noise)
-        if kind == "deadleaves":
-            side = int(option or 32)
-            if 4 <= side <= 256:
-                return DeadLeaves(side)
-    except ValueError:
-        pass
-    if kind == "swissroll":
-        raise InputError(f"data set '{name}': the noise of the roll is a number from 0.001 to 1, "
-                         "as in swissroll:0.002")
-    if kind == "deadleaves":
-        raise InputError(f"data set '{name}': the side of the pictures is a whole number of pixels "
-                         "from 4 to 256, as in deadleaves:64")
+    if kind in MADE:
+        make, number, usual, least, most, says = MADE[kind]
+        with contextlib.suppress(ValueError):
+            if least <= (value := number(option or usual)) <= most:
+                return make(value)
+        raise InputError(f"data set '{name}': {says}")
 
 
 def _from_files(name, crop, resize, flips):

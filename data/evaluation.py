@@ -21,11 +21,11 @@ MEASURED = 500     # samples of images for their distance from training images, 
 IMAGE_STEPS = 250  # of T, for free samples of images: nobody sees a difference from using all
 
 
-def evaluate(path, gpu, chains=(), parzen=False, comm=None):
+def evaluate(path, xp, chains=(), parzen=False, comm=None):
     """Every number and picture of a trained model: result.json and pictures beside its checkpoint,
     and a page on the terminal. Returns their directory and the numbers."""
     checkpoint = runs.checkpoint_in(path)
-    model = runs.load(checkpoint, dpm.backend(gpu), comm)
+    model = runs.load(checkpoint, xp, comm)
     dataset, about, T, D, q = runs.load_for(model), model.about, model.T, model.D, model.diffusion
     shorter, leads = [model.shortened(S) for S in chains], model.comm.rank == 0
     out = checkpoint.parent
@@ -49,16 +49,18 @@ def evaluate(path, gpu, chains=(), parzen=False, comm=None):
     runs.finite(found["K"], "the bound")
     told = "dataset network widths objective variance predict decoder schedule seconds device"
     result = {name: about[name] for name in told.split()}
-    result |= dict(examples=len(x0), timesteps=T, steps=about["trained_steps"], dimension=D,
-                   pixels=D // model.shape[2], shift=model.shift, scale=model.scale)
-    result |= {f"{name.replace('_se', '')}_bits{'_se' * name.endswith('_se')}": found[name] / LN2
-               for name in ("K", "K_se", "L_null", "K_minus_L_null", "K_minus_L_null_se", "H_q_T",
-                            "H_q_1", "H_p_T", "L_T") if name in found}
+    result |= dict(dataset=data.printable(about["dataset"]), examples=len(x0), timesteps=T,
+                   steps=about["trained_steps"], dimension=D, pixels=D // model.shape[2],
+                   shift=model.shift, scale=model.scale)
+    for name in "K L_null K_minus_L_null H_q_T H_q_1 H_p_T L_T".split():
+        result |= {f"{name}_bits{end}": found[name + end] / LN2
+                   for end in ("", "_se") if name + end in found}
     result["kl_bits"] = (found["kl"] / LN2).tolist()
     for name, H in (("lower", lower), ("model", found["entropy"]), ("upper", upper)):
         result[f"entropy_{name}_bits"] = float(np.nansum(H[2:])) / LN2
     if dataset.bytes:
-        result |= bits_per_dim(result, D, model)
+        result |= dict(bits_per_dim=bits_per_dim(result["K_bits"], model),
+                       bits_per_dim_se=result["K_bits_se"] / D)
     if dataset.test is not None and dataset.bytes and not q.discretised and (
             about["predict"] != "paper"):
         result |= bits_of_bytes(model, dataset.test[:len(x0)], bound)
@@ -79,7 +81,7 @@ def evaluate(path, gpu, chains=(), parzen=False, comm=None):
     for short in shorter:
         row = dict(steps=short.T, K_bits=bound(short, some, f"bound, {short.T} steps")["K"] / LN2)
         if image:
-            row |= bits_per_dim(row, D, model) if dataset.bytes else {}
+            row |= dict(bits_per_dim=bits_per_dim(row["K_bits"], model)) if dataset.bytes else {}
             row |= sample_measure(model, dataset, short.T)
         result.setdefault("chains", []).append(row)
     if parzen:
@@ -141,11 +143,9 @@ def beside_the_truth(model, dataset, x0, found, bound):
     return result, best["kl"]
 
 
-def bits_per_dim(r, D, model):
-    """Of the bytes: K of the normalised density, or of a discretised decoder's probabilities."""
-    unit = 0.0 if model.diffusion.discretised else math.log2(model.scale)
-    return {"bits_per_dim" + end: abs(shift - r["K_bits" + end] / D)
-            for end, shift in (("", unit), ("_se", 0.0)) if "K_bits" + end in r}
+def bits_per_dim(K, model):
+    """Of the bytes, from K in bits: a density of normalised values, or a discretised decoder."""
+    return (0.0 if model.diffusion.discretised else math.log2(model.scale)) - K / model.D
 
 
 def bits_of_bytes(model, bytes_, bound):
@@ -154,7 +154,7 @@ def bits_of_bytes(model, bytes_, bound):
     is a third of a grey level, since the decoder does the rest."""
     q, detail = model.diffusion, 1 / 3 / model.scale
     first = np.searchsorted(np.sqrt(1 - dpm.to_host(q.alpha_bar[1:])), detail) + 1
-    alpha_bar = np.append(1, dpm.to_host(q.alpha_bar[first:]))
+    alpha_bar = np.append(1, dpm.to_host(q.alpha_bar[min(first, q.T - 1):]))  # two steps at least
     decoder = runs.decoder(model.shift, model.scale)
     of_bytes = model.with_diffusion(dpm.Gaussian(alpha_bar, model.xp, q.variance, **decoder))
     found = bound(of_bytes, model.normal(bytes_ + 0.5), "bound, discretised")
@@ -165,7 +165,7 @@ def bits_of_bytes(model, bytes_, bound):
 def sample_measure(model, dataset, steps=50):
     """How far samples are from training images, and as many test images, see distances; nothing
     where fewer than 40 are held out."""
-    test, steps = dataset.held_out(MEASURED), min(steps, model.T)
+    test, steps = dataset.held_out(MEASURED), runs.fewer_steps(model, steps)
     if len(test) < 40:
         return {}
     samples = model.sample(len(test), 1, steps, progress=runs.progress(f"{len(test)} samples"))
@@ -197,16 +197,16 @@ def frechet(x, y):
     return float(gap + np.trace(C_x) + np.trace(C_y) - 2 * roots)
 
 
-def parzen_estimate(model, dataset, number=10_000, valid=1000):
+def parzen_estimate(model, dataset):
     """The paper's Table 2 for MNIST: the log density, in bits of pixels in [0, 1], of the test
-    images under Gaussians around `number` samples. Their width is the best of ten for the last
-    1,000 training images."""
-    samples = model.sample(number, 1, min(100, model.T), batch=200,
-                           progress=runs.progress("Parzen samples", leave=True))
-    centres, by_width = figures.to_bytes(model, samples).reshape(number, -1) / 255, {}
+    images under Gaussians around 10,000 samples. Their width is the best of ten for the last 1,000
+    training images."""
+    samples = model.sample(10_000, 1, runs.fewer_steps(model, 100), batch=200,
+                           progress=runs.progress("Parzen samples"))
+    centres, by_width = figures.to_bytes(model, samples).reshape(len(samples), -1) / 255, {}
     for sigma in runs.bar(np.logspace(-1, 0, 10), "Parzen widths", leave=False):
         mixture = data.Mixture(centres, sigma)
-        by_width[sigma] = mixture.log_density(dataset.train[-valid:] / 255).mean()
+        by_width[sigma] = mixture.log_density(dataset.train[-1000:] / 255).mean()
     sigma = max(by_width, key=by_width.get)
     each = data.Mixture(centres, sigma).log_density(dataset.test / 255) / LN2
     return dict(parzen_bits=float(each.mean()), parzen_sigma=float(sigma),
@@ -226,13 +226,14 @@ def draw(model, dataset, found, curves, entropies, result, out):
     if model.learned:
         figures.schedule(model, out / "schedule.png")
     if model.shape[:2] != (1, 1):
-        steps = T if model.about["predict"] == "paper" else min(T, IMAGE_STEPS)  # see shortened
-        samples = model.sample(64, model.about["seed"], steps, progress=runs.progress("samples"))
-        figures.save_picture(figures.grid(figures.to_bytes(model, samples)), out / "samples.png")
+        samples = model.sample(64, model.about["seed"], runs.fewer_steps(model, IMAGE_STEPS),
+                               progress=runs.progress("samples"))
+        figures.save_picture(figures.sheet(model, samples), out / "samples.png")
         if dataset.bytes:
             table = figures.rate_distortion(found, D, model.scale, out / "rate.png")
         if not dataset.binary:
-            figures.figure_3(model, dataset, out / "figure3.png")
+            short = model.shortened(runs.fewer_steps(model, 100))
+            figures.figure_3(short, dataset, out / "figure3.png")
     elif dataset.binary:
         figures.figure_2(model, out / "figure2.png")
     elif dataset.truth:

@@ -44,17 +44,6 @@ def to_bytes(model, x, shape=None, like=None):
     return raw.astype(np.uint8).reshape(len(x), *(shape or model.shape))
 
 
-def grid(pictures, columns=8, zoom=3, gap=2):
-    """Pictures (n, H, W, 1 or 3) in rows of `columns`, as one picture."""
-    n, H, W, C = pictures.shape
-    rows = -(-n // columns)
-    sheet = np.full((rows * (H + gap) + gap, columns * (W + gap) + gap, C), 128, np.uint8)
-    for i, picture in enumerate(pictures):
-        y, x = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
-        sheet[y:y + H, x:x + W] = picture
-    return zoomed(Image.fromarray(sheet[..., 0] if C == 1 else sheet), zoom)
-
-
 def zoomed(picture, zoom):
     """The picture `zoom` times as large: whole pixels if larger, averages of pixels if smaller."""
     size = [max(1, round(side * zoom)) for side in picture.size]
@@ -68,9 +57,15 @@ def zoom_for(model):
 
 
 def sheet(model, x, columns=8, zoom=None, like=None):
-    """Normalised images or sequences (n, D) in rows of `columns`; NaN is gray."""
+    """Normalised images or sequences (n, D) in rows of `columns`, two pixels apart; NaN is gray."""
     shape = (1, model.D, 1) if kind_of(model) == "sequences" else None
-    return grid(to_bytes(model, x, shape, like), columns, zoom or zoom_for(model))
+    pictures, rows = to_bytes(model, x, shape, like), -(-len(x) // columns)
+    _, H, W, C = pictures.shape
+    page = np.full((rows * (H + 2) + 2, columns * (W + 2) + 2, C), 128, np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = 2 + i // columns * (H + 2), 2 + i % columns * (W + 2)
+        page[top:top + H, left:left + W] = picture
+    return zoomed(Image.fromarray(page[..., 0] if C == 1 else page), zoom or zoom_for(model))
 
 
 def sheet_of(model, sets, extra, most):
@@ -135,7 +130,8 @@ def points_picture(model, sets, size=4, like=None):
             axis.hist(x.ravel(), np.linspace(low[0], high[0], 61), density=True)
             continue
         axis.set(aspect="equal", ylim=(low[1], high[1]))
-        for i, (a, b) in enumerate(_by_colour(x)):
+        for i, group in enumerate(x if len(x) <= 10 else x.reshape(1, -1, D)):
+            a, b = group[:, :2].T
             colour, whole = f"C{i}", ~np.isnan(a + b)
             axis.scatter(a[whole], b[whole], s=3 if len(a) > 50 else 12, color=colour)
             for value in np.unique(a[np.isnan(b) & ~np.isnan(a)])[:200]:
@@ -161,12 +157,6 @@ def _limits(x):
     return (low + high) / 2 - half, (low + high) / 2 + half
 
 
-def _by_colour(x):
-    """The first two coordinates (2, k) of what is drawn in one colour, for x (n, k, D)."""
-    groups = x if len(x) <= 10 else x.reshape(1, -1, x.shape[2])
-    return [group[:, :2].T for group in groups]
-
-
 # -------------------------------------------------------------------------------------------------
 # Files
 # -------------------------------------------------------------------------------------------------
@@ -181,8 +171,8 @@ def save_figure(figure, path):
         figure.savefig(part, dpi=110, format="png", bbox_inches="tight")
 
 
-def save_gif(frames, zoom, path, seconds=4.0, limit=3_000_000):
-    """Pictures, `zoom` times as large, as an animation of `seconds`, whose last stays for two more.
+def save_gif(frames, zoom, path, limit=3_000_000):
+    """Pictures, `zoom` times as large, as an animation of 4 s, whose last stays for two more.
 
     Noise hardly compresses. So there are at most 60 frames, and while the file is above `limit`
     bytes it is made smaller, with fewer frames and fewer colours."""
@@ -192,7 +182,7 @@ def save_gif(frames, zoom, path, seconds=4.0, limit=3_000_000):
     for zoom, number, colours in smaller:
         chosen = np.unique(np.linspace(0, len(frames) - 1, number).round().astype(int))
         made = [zoomed(frames[i], zoom).quantize(colours, dither=Image.Dither.NONE) for i in chosen]
-        duration = [round(1000 * seconds / len(made))] * (len(made) - 1) + [2000]
+        duration = [round(4000 / len(made))] * (len(made) - 1) + [2000]
         content = io.BytesIO()
         made[0].save(content, "GIF", save_all=True, append_images=made[1:], duration=duration,
                      loop=0)
@@ -214,7 +204,8 @@ def _axes(rows=1, columns=1, size=(6, 3.5), **options):
 
 def curve(log_csv, path):
     """K - L_null during training, from a run's log.csv; draws nothing where there is none."""
-    rows = list(csv.DictReader(log_csv.read_text().splitlines())) if log_csv.exists() else []
+    text = log_csv.read_text() if log_csv.exists() else ""
+    rows = list(csv.DictReader(text.rpartition("\n")[0].splitlines()))  # a full disk cuts a row
     if not rows:
         return
     step, seconds, K = (np.array([float(row[name]) for row in rows])
@@ -280,9 +271,9 @@ def against_steps(rows, path):
     panels = dict(bits_per_dim="bits/dim") if "bits_per_dim" in rows[0] else dict(K_bits="K, bits")
     panels |= dict(frechet="Frechet distance of samples") if "frechet" in rows[0] else {}
     figure, axes = _axes(1, len(panels), (4.5 * len(panels), 3.5))
+    steps = [row["steps"] for row in rows]
     for axis, (name, label) in zip(axes[0], panels.items()):
-        steps = [row["steps"] for row in rows if name in row]
-        axis.plot(steps, [row[name] for row in rows if name in row], "o-")
+        axis.plot(steps, [row[name] for row in rows], "o-")
         axis.set(xlabel="steps S", ylabel=label, xscale="log")
         axis.set_xticks(steps, steps)
         axis.minorticks_off()
@@ -325,11 +316,10 @@ def beside_each_other(evaluated, path):
     for axis, (out, r) in zip(axes[:, 0], evaluated):
         with Image.open(out / "samples.png") as sheet:
             axis.imshow(sheet.crop((0, 0, sheet.width, sheet.height // 8)), cmap="gray")
-        widths = "widths " + " ".join(map(str, r["widths"] or ()))
-        bits = f"{r.get('bits_per_dim', 0):.3f} bits/dim" * ("bits_per_dim" in r)
         how = [f"{r['objective']}, {r['schedule']}", f"variance {r['variance']}, {r['predict']}",
-               widths, r["decoder"], bits, f"Frechet {r['frechet']:.1f}"]
-        axis.set_ylabel("\n".join(line for line in how if line), rotation=0, ha="right",
+               " ".join(map(str, [r["network"], *(r["widths"] or ())])), r["decoder"]]
+        how += [f"{r['bits_per_dim']:.3f} bits/dim"] if "bits_per_dim" in r else []
+        axis.set_ylabel("\n".join([*how, f"Frechet {r['frechet']:.1f}"]), rotation=0, ha="right",
                         va="center", fontsize="x-small")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
@@ -414,10 +404,10 @@ def figure_1(model, dataset, path, number=2000):
     save_figure(figure, path)
 
 
-def figure_2(model, path, number=40, times=5):
+def figure_2(model, path):
     """Figure 2 of the paper: from independent bits, right, to data, left; a row is a sequence."""
-    chosen = np.unique(np.linspace(0, model.T, times).round().astype(int)).tolist()
-    samples, kept = model.sample(number, keep=chosen[1:])
+    chosen = times(model.T, 5)[::-1]
+    samples, kept = model.sample(40, keep=chosen[1:])
     kept[0] = samples
     figure, axes = _axes(1, len(chosen), (9, 3.6), sharey=True)
     for axis, t in zip(axes[0], chosen):
@@ -428,11 +418,10 @@ def figure_2(model, path, number=40, times=5):
     save_figure(figure, path)
 
 
-def figure_3(model, dataset, path, number=8, steps=100):
+def figure_3(model, dataset, path):
     """Figure 3 of the paper, for images: held-out data, the same under noise of variance 1, the
-    same denoised (a sample of the posterior), and free samples, in so many steps."""
-    model = model.shortened(min(steps, model.T))
-    x = dataset.held_out(number)
+    same denoised (a sample of the posterior), and free samples."""
+    x = dataset.held_out(8)
     noisy = x + dpm.generator(np, "figure 3").standard_normal(x.shape)
     rows = {"data": x, "under noise of\nvariance 1": noisy,
             "denoised": model.until(1.0).sample(len(x), x_T=noisy / math.sqrt(2)),

@@ -61,7 +61,9 @@ def read(path, crop=None, resize=None):
             inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
         names = {p.name for p in inside}
         if names & set(CIFAR):
-            return *_cifar({p.name: p for p in inside}, path), ()
+            with _reading(path, "CIFAR-10"):
+                files = {p.name: p.read_bytes() for p in inside if p.name in CIFAR}
+            return *_cifar(files, path), ()
         if "data_batch_1" in names:
             raise InputError(f"{path}: {PICKLED}")
         for part in ("cifar-10-batches-bin", "cifar-10-batches-py"):        # one folder too high
@@ -82,8 +84,9 @@ def read(path, crop=None, resize=None):
     elif path.name.lower().endswith(TARS):
         return *_cifar_tar(path), ()
     else:
-        return *(_numpy(path) if path.suffix in (".npy", ".npz") else (read_idx(path), None)), ()
-    pictures, notes = _pictures(paths, None, any_size=crop is not None, crop=crop, resize=resize)
+        numpy = path.suffix.lower() in (".npy", ".npz")
+        return *(_numpy(path) if numpy else (read_idx(path), None)), ()
+    pictures, notes = _pictures(paths, None, crop, resize)
     return pictures, None, notes
 
 
@@ -149,16 +152,13 @@ PICKLED = ("the Python version of CIFAR-10, which is pickled and is not read; do
 
 
 def _cifar(files, path):
-    """(train, test), uint8 (N, 32, 32, 3), of the six files of the binary version, which are given
-    by name as paths or as their content. A record is a label and three planes of 32 x 32."""
+    """(train, test), uint8 (N, 32, 32, 3), of the six files of the binary version, {name: content}.
+    A record is a label and three planes of 32 x 32."""
     parts = []
     for name in CIFAR:
         if name not in files:
             raise InputError(f"{path}: {name} is missing; CIFAR-10 is {', '.join(CIFAR)}")
-        with _reading(path, "CIFAR-10"):
-            content = files[name]
-            raw = np.frombuffer(content, np.uint8) if isinstance(content, bytes) else \
-                np.fromfile(content, np.uint8)
+        raw = np.frombuffer(files[name], np.uint8)
         if not len(raw) or len(raw) % 3073 or raw[::3073].max() > 9:
             raise InputError(f"{path}: {name} does not consist of records of CIFAR-10, a label "
                              "from 0 to 9 and 3072 bytes; download it again")
@@ -194,21 +194,21 @@ def read_pictures(paths, shape=None, any_size=False):
     With any_size they are a list, each (H, W, C) of its own size; C is shape[2] if there is one.
     A line on stderr says what was changed."""
     with one_line("the pictures"):
-        pictures, notes = _pictures(list(paths), shape, any_size)
+        pictures, notes = _pictures(list(paths), shape, 1 if any_size else None)
     for note in notes:
         print(note, file=sys.stderr)
     return pictures
 
 
-def _pictures(paths, shape, any_size, crop=None, resize=None):
+def _pictures(paths, shape, crop, resize=None):
     """(pictures, notes). Each file is decoded once, into its place in one array: thousands of them
-    are never there twice."""
+    are never there twice. With crop, the least side that they may have, they are a list."""
     pictures, size, see_through = [], shape and shape[:2], 0
     for i, path in enumerate(tqdm(paths, "reading pictures", unit="", leave=False, disable=None)):
         picture, transparent = _picture(path, shape and shape[2], resize)
         see_through += transparent
-        if any_size:
-            if min(picture.shape[:2]) < (crop or 1):
+        if crop:
+            if min(picture.shape[:2]) < crop:
                 raise InputError(f"{path}: {_size(picture.shape)} pixels, smaller than crops of "
                                  f"{crop} x {crop}; take it out of the folder or crop less")
             pictures.append(picture)
@@ -223,7 +223,7 @@ def _pictures(paths, shape, any_size, crop=None, resize=None):
         elif picture.shape[2] > pictures.shape[3]:              # the first colour after gray ones
             pictures = np.repeat(pictures, 3, 3)
         pictures[i] = picture                                   # gray fills three colours
-    if any_size and any(p.shape[2] == 3 for p in pictures):
+    if crop and any(p.shape[2] == 3 for p in pictures):
         for i, picture in enumerate(pictures):
             pictures[i] = np.broadcast_to(picture, (*picture.shape[:2], 3))
     return pictures, [f"transparent parts of {see_through} pictures laid on white"] * (

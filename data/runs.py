@@ -53,9 +53,9 @@ def bar(iterable, desc, **options):
                 **options)
 
 
-def progress(desc, leave=False):
+def progress(desc):
     """A function that shows a bar for what it is given, for dpm's `progress`."""
-    return lambda steps: bar(steps, desc, leave=leave)
+    return lambda steps: bar(steps, desc, leave=False)
 
 
 def mpi_rank():
@@ -73,10 +73,6 @@ def ranks(xp):
     except ImportError as error:
         raise dpm.InputError("mpirun: several processes need mpi4py: pip install mpi4py "
                              f"({dpm.first_line(error)})") from None
-
-
-def noun(dataset):
-    return "images" if dataset.shape[:2] != (1, 1) else "sequences" if dataset.binary else "points"
 
 
 def checkpoint_in(path):
@@ -102,6 +98,11 @@ def check_about(about, path):
     """InputError if it isn't train.py that wrote this of its run."""
     if "trained_steps" not in about:
         raise dpm.InputError(f"{path}: a model, but not one that train.py has written")
+
+
+def fewer_steps(model, most):
+    """`most` of the T steps, or all; always all of the paper's kernel, see Diffusion.shortened."""
+    return model.T if model.about["predict"] == "paper" else min(most, model.T)
 
 
 def load_for(model):
@@ -159,7 +160,7 @@ def log(path, row):
 
 def cut_log(path, columns, step):
     """What was logged after the checkpoint will be computed, and logged, again."""
-    rows = path.read_text().splitlines()[1:] if path.exists() else []
+    rows = path.read_text().rpartition("\n")[0].splitlines()[1:] if path.exists() else []
     kept = [row for row in rows if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= step]
     with dpm.written_whole(path) as part:
         part.write_text("\n".join([",".join(columns), *kept, ""]))
@@ -174,7 +175,7 @@ def locked(out):
             import fcntl
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise dpm.InputError(f"{out} is in use by another process; wait for it, or choose "
                                      "another --out") from None
         yield
@@ -208,7 +209,7 @@ def run(main):
     try:
         return main()
     except (dpm.InputError, OSError) as error:
-        message = f"error: {data.printable(str(error))}"
+        message = f"error: {data.printable(error)}"
     except MemoryError:
         message = "error: not enough memory for this; choose smaller numbers"
     except KeyboardInterrupt:

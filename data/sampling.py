@@ -23,7 +23,7 @@ PIXEL = 10_000                  # bytes that a network takes for a pixel, about
 
 def can_sharpen(args):
     """Denoising needs the model's own steps; particles and other noise don't go with a Contrast."""
-    return args.mode != "denoise" and not args.particles and args.eta is None
+    return args.mode != "denoise" and args.particles == args.eta == 1
 
 
 def check_room(model, args, chains, path):
@@ -36,28 +36,27 @@ def check_room(model, args, chains, path):
     free, way = args.mode == "samples", 60 * args.gif + 10 * args.trajectory
     stored = (min(chains, part_of(model.D)) * 32 if free else chains * 40) * model.D
     network = model.threads * max(6400, model.shape[0] * model.shape[1]) * PIXEL
-    crowd = 100 * model.D * (args.particles or 1)
+    crowd = 100 * model.D * args.particles
     crowd += way * min(chains, MOVED[figures.kind_of(model)]) * model.D * 8
     path = next(place for place in path.absolute().parents if place.is_dir())
     rooms = [("memory, and the machine", stored + network + crowd, have)]
     if model.comm.rank == 0:                        # which writes
         rooms.append(("disk, which", chains * model.D * 8, shutil.disk_usage(path).free / 1e9))
-    for what, need, have in rooms:
+    for what, need, room in rooms:
         need = min(need, 10 ** 18) / 1e9
-        if need > have:
-            raise dpm.InputError(f"this takes about {need:.3g} GB of {what} has {have:.3g}: fewer "
+        if need > room:
+            raise dpm.InputError(f"this takes about {need:.3g} GB of {what} has {room:.3g}: fewer "
                                  "samples or particles, or smaller pictures")
 
 
 def contrast(model, args, checkpoint):
     """The Contrast that sharpens the samples, in a list; or an empty list."""
     w, path = SHARPEN if args.sharpen is None else args.sharpen, args.weak
-    shipped = WEAK.exists() and SHIPPED.exists() and os.path.samefile(checkpoint, SHIPPED)
-    if path is None and shipped and w and can_sharpen(args):
+    if path is None and SHIPPED.exists() and os.path.samefile(checkpoint, SHIPPED):
         path = WEAK
     if args.sharpen and path is None:
         raise dpm.InputError("--sharpen needs a worse model of the same data: --weak PATH")
-    if path is None:
+    if path is None or not w or not can_sharpen(args):
         return []
     weak = runs.load(path := runs.checkpoint_in(path), model.xp, model.comm)
     if os.path.samefile(path, checkpoint):
@@ -67,11 +66,11 @@ def contrast(model, args, checkpoint):
         raise dpm.InputError(f"--weak {path}: a model of other data, or of another pi")
     if weak.about["predict"] not in ("v", model.about["predict"]):
         raise dpm.InputError(f"--weak {path}: predicts {weak.about['predict']}; give one with v")
-    return [dpm.Contrast(weak, w)] if w else []
+    return [dpm.Contrast(weak, w)]
 
 
 def repeats_of(args, kind):
-    several = args.mode == "inpaint" and kind == "images" and not args.particles
+    several = args.mode == "inpaint" and kind == "images" and args.particles == 1
     return args.repeats or (REPEATS if several else 1)
 
 
@@ -80,8 +79,8 @@ def shortened(model, args):
     from; of points and sequences all T."""
     kind, S = figures.kind_of(model), args.steps
     if S is None and kind == "images":
-        S = min(model.T, evaluation.IMAGE_STEPS if args.mode == "samples"
-                else STEPS // 2 if repeats_of(args, kind) > 1 else STEPS)
+        S = runs.fewer_steps(model, evaluation.IMAGE_STEPS if args.mode == "samples"
+                             else STEPS // 2 if repeats_of(args, kind) > 1 else STEPS)
     return model if S is None else model.shortened(S)
 
 
@@ -92,10 +91,9 @@ def sampler(model, args, r, x_T):
     options = dict(seed=args.seed, batch=max(model.threads, min(1024, batch)),
                    progress=lambda ticks: runs.bar(ticks, "reverse steps"))
     if not r:
-        options |= dict(eta=1.0 if args.eta is None else args.eta)
         return lambda n, **more: model.sample(
-            n, x_T=None if x_T is None else x_T[:n], **options, **more)
-    posterior = dpm.Posterior(model, r, args.r_schedule or "predicted", args.particles or 1,
+            n, eta=args.eta, x_T=None if x_T is None else x_T[:n], **options, **more)
+    posterior = dpm.Posterior(model, r, args.r_schedule or "predicted", args.particles,
                               repeats_of(args, figures.kind_of(model)))
     return lambda n, **more: posterior.rows(slice(n)).sample(n, **options, **more)
 

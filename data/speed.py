@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from data import runs
+from data import figures, runs
 
 
 def benchmark(model, optimiser, dataset, number):
@@ -50,7 +50,7 @@ def benchmark(model, optimiser, dataset, number):
     print(f"{dataset.name} on {runs.device_name(xp)}, {model.dtype}\n"
           f"  weights                  {model.theta.size:,}\n"
           f"  a step of {number:<5}          {seconds * 1e3:.1f} ms, {number / seconds:,.0f} "
-          f"{runs.noun(dataset)}/s\n"
+          f"{figures.kind_of(model)}/s\n"
           f"  its matrix products      {gflop:.2f} GFLOP, {gflop / seconds:,.0f} GFLOP/s\n"
           f"  a plain product          {rate:,.0f} GFLOP/s ({len(a)} x {size}^3 at once); the step "
           f"runs at {share:.0%} of it\n"
