@@ -26,7 +26,7 @@ Conventions. t runs 1..T; arrays over t have T + 1 entries, and entry 0 is the d
 alpha_bar[0] = 1. Data is a matrix (n, D), of mean about 0 and average variance 1, or of bits. The
 paper's symbols are the names; mu~_t and beta~_t, DDPM's, are the mean and the variance of
 q(x_{t-1} | x_t, x_0). x^ is an estimate of x, x^2 a square. f_sigma is a variance, sigma a standard
-deviation; pi is a distribution, and 3.14 beside a factor. `dname` is the gradient of the loss in
+deviation; pi is a distribution, but 3.14 in 2 pi or pi/2. `dname` is the gradient of the loss in
 `name`; a fraction such as dx / dphi is an ordinary derivative. Everything is in nats. Schedules,
 KLs and entropies are float64; only the network and the noise of its training are float32. `xp` is
 numpy or cupy, and every array of a model is an array of its xp.
@@ -235,10 +235,14 @@ class Bernoulli:
     def draw(self, u):
         return (u < self.one).astype(np.float64)
 
+    def probability(self, x):
+        """Of each of the bits x, (n, D)."""
+        return x * self.one + (1 - x) * self.zero
+
     def log_density(self, x):
         """The log probability of the bits x, nats (n,); -inf where one of them is impossible."""
         with np.errstate(divide="ignore"):
-            return self.xp.log(x * self.one + (1 - x) * self.zero).sum(1)
+            return self.xp.log(self.probability(x)).sum(1)
 
     def entropy(self):
         """-one log one - zero log zero, summed over the bits, nats (n,)."""
@@ -248,15 +252,14 @@ class Bernoulli:
     def times(self, log_r0, log_r1):
         """The product with r, normalised: one r(1) / (one r(1) + zero r(0)), and log Z (n,), the
         log of the denominator. (Table App.1 prints x in place of one there.)"""
-        one, zero = self.one * self.xp.exp(log_r1), self.zero * self.xp.exp(log_r0)
+        top = self.xp.maximum(log_r0, log_r1)  # so that nothing overflows
+        one, zero = self.one * self.xp.exp(log_r1 - top), self.zero * self.xp.exp(log_r0 - top)
         Z = one + zero
-        return Bernoulli(self.xp, one / Z, zero / Z), self.xp.log(Z).sum(1)
+        return Bernoulli(self.xp, one / Z, zero / Z), (self.xp.log(Z) + top).sum(1)
 
     def tilted(self, g):
         """The product with exp(g x), normalised, and log Z (n,): the log odds move by g."""
-        top = self.xp.maximum(g, 0 * self.one)  # so that nothing overflows
-        product, log_Z = self.times(-top, g - top)
-        return product, log_Z + top.sum(1)
+        return self.times(0 * g, g)
 
     def slope_against(self, other):
         """How far the log odds lie above those of other, (n, D): other, tilted by it, is self."""
@@ -282,9 +285,8 @@ class Diffusion:
     ideal(xt, t, ...)    the z of the best possible kernel, from moments of x_0 given x_t
     H_q(t, x0)           entropy of q(x_t | x_0), nats (n,), t an integer >= 1
     H_step(t, x0)        entropy of q(x_t | x_{t-1}), given x_0 in the mean, likewise
-    H_p(x0)              E[-log pi(x_T) + log pi(x_1) - log pi(x_0) | x_0], nats (n,), see DPM.bound
-    from_pi(t, x0)       KL[q(x_t | x_0) || pi], nats (n,), t an integer >= 1; DDPM's L_T at t = T
-    log_pi, log_null(x)  nats (n,): under pi, and under independent coordinates of the data's mean
+    mean_log_pi(t, x0)   E[log pi(x_t) | x_0], nats (n,), t an integer >= 0
+    log_null(x)          log likelihood under independent coordinates of the data's mean, nats (n,)
     pi(shape)            the distribution pi
 
     And for chapter 5 only, where an r(x_0) is to steer the reverse steps:
@@ -307,6 +309,18 @@ class Diffusion:
         a = xp.clip(self.alpha_bar, 1e-9, 1 - 1e-9)
         self.level, self.s = xp.log((1 - a) / a), xp.zeros(self.T + 1)
         self.s[2:] = xp.log((1 - self.alpha_bar[2:]) / (1 - self.before[2:]))
+
+    def log_pi(self, x):
+        return self.mean_log_pi(0, x)
+
+    def H_p(self, x0):
+        """E[-log pi(x_T) + log pi(x_1) - log pi(x_0) | x_0], nats (n,), see DPM.bound. This is the
+        paper's constant (eqs. 42-46) for numbers of second moment 1, and for bits of mean rate."""
+        return self.mean_log_pi(1, x0) - self.mean_log_pi(self.T, x0) - self.log_pi(x0)
+
+    def kl_to_pi(self, t, x0):
+        """KL[q(x_t | x_0) || pi], nats (n,), t an integer >= 1; DDPM's L_T at t = T."""
+        return -self.H_q(t, x0) - self.mean_log_pi(t, x0)
 
     def shortened(self, S):
         """The diffusion of S steps through S + 1 of these times, 0, 1 and T among them: a part of
@@ -355,9 +369,8 @@ class Gaussian(Diffusion):
         self.config = dict(variance=variance, half=half, ends=ends)
         self.variance, self.half, self.ends = variance, half, ends
         self._learned = float(variance == "learned")
-        if variance not in ("learned", "beta", "posterior") or (half is None) != (ends is None):
-            raise InputError(f"variance {variance}: choose learned, beta or posterior; half and "
-                             "ends go together")
+        if variance not in ("learned", "beta", "posterior"):
+            raise InputError(f"no variance '{variance}': choose learned, beta or posterior")
         self.discretised = half is not None
         self.cos, self.sin = xp.sqrt(self.alpha_bar), xp.sqrt(1 - self.alpha_bar)
         with np.errstate(divide="ignore", invalid="ignore"):             # q_back begins at t = 2
@@ -410,9 +423,8 @@ class Gaussian(Diffusion):
         return Normal(self.xp, self.p_x0(xt, t, z).mean, self._at(t, self.sin)[0] ** 2)
 
     def dp_x0(self, xt, t, z, g):
-        (cos, sin), dz = self._at(t, self.cos, self.sin), self.xp.zeros(z.shape, z.dtype)
-        dz[..., 0] = -sin * g
-        return cos * g, dz
+        cos, sin = self._at(t, self.cos, self.sin)
+        return cos * g, self.xp.stack([-sin * g, 0 * g], 2)
 
     def p_back(self, xt, t, z, eta=1.0):
         """N(f_mu, f_sigma). eta < 1 takes noise away (DDIM, arXiv 2010.02502, eqs. 12 and 16), and
@@ -431,8 +443,8 @@ class Gaussian(Diffusion):
         """Given r, the mean of x_0 moves by g sin^2 phi / cos phi, since E[x_0 | x_t] is (x_t +
         sin^2 phi grad log q(x_t)) / cos phi (Tweedie), and f_mu with it, by g beta_t / sqrt(1 -
         beta_t); for small steps that is eq. 61, g f_sigma. Given x_t, x_0 has a deviation of sin
-        phi or less, and a move by more than five of these is an error of the network: it is cut, or
-        it would drive x_t to where no data is. A coordinate that is known, with no variance in
+        phi at most, in the mean, and a move by five of these is an error of the network: it is cut,
+        or it would drive x_t to where no data is. A coordinate that is known, with no variance in
         `given`, moves to its value: f_mu is then mu~ of it."""
         xp, (cos, sin, from_x0) = self.xp, self._at(t, self.cos, self.sin, self.from_x0)
         gain = sin ** 2 / xp.where(cos > 0, cos, math.inf)  # alpha_bar_T = 0: x_T says nothing
@@ -447,8 +459,7 @@ class Gaussian(Diffusion):
             = 1/2 [ log(1 + g) + (c e^2 - g) / (1 + g) ]
             dv = c e / (1 + g)        du = c^2 (u - e^2) / (2 (1 + g)^2)
 
-        v_weight (T + 1,): v descends v_weight_t e^2 instead of the KL (see objective); u still
-        descends the KL."""
+        v_weight (T + 1,), see objective: v descends v_weight_t e^2 instead."""
         u, e, c = self.u_e_c(x0, xt, t, z)
         g = c * u
         kl = 0.5 * (self.xp.log1p(g) + (c * e ** 2 - g) / (1 + g)).sum(1)
@@ -492,35 +503,23 @@ class Gaussian(Diffusion):
 
     def ideal(self, xt, t, mean, variance):
         """From E[x_0 | x_t] and Var[x_0 | x_t], (n, D)."""
-        cos, sin = self._at(t, self.cos, self.sin)
-        return self.xp.stack([(cos * xt - mean) / sin, variance / sin ** 2], 2)
-
-    def _H(self, variance, x0):
-        H = x0.shape[1] * 0.5 * math.log(2 * math.pi * math.e * variance)
-        return self.xp.full(len(x0), H)
+        sin, = self._at(t, self.sin)
+        return self.xp.stack([self.velocity(mean, xt, t), variance / sin ** 2], 2)
 
     def H_q(self, t, x0):
         """D/2 ln(2 pi e (1 - alpha_bar_t)), whatever x_0 is."""
-        return self._H(1 - float(self.alpha_bar[t]), x0)
+        return self.q_jump(x0, self.xp.full(len(x0), t)).entropy()
 
     def H_step(self, t, x0):
         """D/2 ln(2 pi e beta_t)."""
-        return self._H(float(self.beta[t]), x0)
+        return self.q_step(x0, self.xp.full(len(x0), t)).entropy()
 
-    def H_p(self, x0):
-        """1/2 sum [ (alpha_bar_T + 1 - alpha_bar_1) x_0^2 + alpha_bar_1 - alpha_bar_T + ln 2 pi ]:
-        the paper's constant D/2 ln(2 pi e) (eqs. 42-46) for data of second moment 1."""
-        a_1, a_T = float(self.alpha_bar[1]), float(self.alpha_bar[-1])
-        return 0.5 * ((a_T + 1 - a_1) * x0 ** 2 + a_1 - a_T + math.log(2 * math.pi)).sum(1)
-
-    def from_pi(self, t, x0):
+    def mean_log_pi(self, t, x0):
+        """x_t^2 is alpha_bar_t x_0^2 + 1 - alpha_bar_t in the mean."""
         a = float(self.alpha_bar[t])
-        return 0.5 * (a * x0 ** 2 - a - math.log(1 - a)).sum(1)
+        return -0.5 * (a * x0 ** 2 + 1 - a + math.log(2 * math.pi)).sum(1)
 
-    def log_pi(self, x):
-        return -0.5 * (x ** 2 + math.log(2 * math.pi)).sum(1)
-
-    log_null = log_pi
+    log_null = Diffusion.log_pi
 
     def pi(self, shape):
         """N(0, I)."""
@@ -560,17 +559,14 @@ class Binomial(Diffusion):
 
     def q_back(self, x0, xt, t):
         """Bayes' rule, bit by bit: q(x_{t-1} | x_0) times q(x_t | x_{t-1}), normalised."""
-        prior, ones = self._kept(x0, self.before[t][:, None]), self.xp.ones(xt.shape)
-        with np.errstate(divide="ignore"):
-            steps = [self.q_step(x * ones, t) for x in (0, 1)]
-            log_r = [self.xp.log(xt * q.one + (1 - xt) * q.zero) for q in steps]
-        top = self.xp.maximum(*log_r)
-        return prior.times(log_r[0] - top, log_r[1] - top)[0]
+        prior = self._kept(x0, self.before[t][:, None])
+        r_0, r_1 = (self.q_step(x, t).probability(xt) for x in (0, 1))
+        one, zero = prior.one * r_1, prior.zero * r_0
+        return Bernoulli(self.xp, one / (one + zero), zero / (one + zero))
 
     def _log_odds(self, xt, t):
         """Those of x_0 = 1 given x_t, if x_0 ~ B(rate)."""
-        zero, one = (self.q_jump(x * self.xp.ones(xt.shape), t) for x in (0, 1))
-        like_0, like_1 = (xt * q.one + (1 - xt) * q.zero for q in (zero, one))
+        like_0, like_1 = (self.q_jump(x, t).probability(xt) for x in (0, 1))
         return math.log(self.rate / (1 - self.rate)) + self.xp.log(like_1 / like_0)
 
     def p_x0(self, xt, t, z):
@@ -582,18 +578,13 @@ class Binomial(Diffusion):
 
     def dp_x0(self, xt, t, z, g):
         """m (1 - m) g is the gradient in the log odds; those of x_t alone are linear in the bit."""
-        dodds, ones = self.p_x0(xt, t, z).variance * g, self.xp.ones(xt.shape)
-        slope = self._log_odds(ones, t) - self._log_odds(0 * ones, t)
-        return dodds * slope, dodds[..., None].astype(z.dtype)
+        dodds = self.p_x0(xt, t, z).variance * g
+        slope = self._log_odds(1, t) - self._log_odds(0, t)
+        return dodds * slope, dodds[..., None]
 
     def guided(self, p, t, g, p_x0, given):
         """g itself, eq. 61: a bit has no way to go too far."""
         return g
-
-    def _ends(self, xt, t):
-        """q_1 and q_0, where q_x = q(x_{t-1} | x_t, x_0 = x)."""
-        ones = self.xp.ones(xt.shape)
-        return self.q_back(ones, xt, t), self.q_back(0 * ones, xt, t)
 
     def _mixture(self, one, zero, q1, q0):
         """one q_1 + zero q_0."""
@@ -603,21 +594,22 @@ class Binomial(Diffusion):
         """B(m q_1 + (1 - m) q_0), q_x = q(x_{t-1} = 1 | x_t, x_0 = x)."""
         if eta != 1:
             raise InputError("a diffusion of bits has no path without noise: --eta is for numbers")
-        m = self.p_x0(xt, t, z)
-        return self._mixture(m.one, m.zero, *self._ends(xt, t))
+        m, (q1, q0) = self.p_x0(xt, t, z), (self.q_back(x, xt, t) for x in (1, 0))
+        return self._mixture(m.one, m.zero, q1, q0)
 
     def kl(self, x0, xt, t, z, v_weight=None):
         """Per bit, with b of q_back and f of p_back,
 
             b log(b / f) + (1 - b) log((1 - b) / (1 - f))        df = (f - b) / (f (1 - f))
             f - b = (m - x_0) (q_1 - q_0)                        dm / dz = m (1 - m)"""
-        xp, m, (q1, q0) = self.xp, self.p_x0(xt, t, z), self._ends(xt, t)
+        xp, m = self.xp, self.p_x0(xt, t, z)
+        q1, q0 = (self.q_back(x, xt, t) for x in (1, 0))
         b, f = self._mixture(x0, 1 - x0, q1, q0), self._mixture(m.one, m.zero, q1, q0)
         kl = sum(_times_log(xp, b_x, b_x / xp.where(f_x > 0, f_x, 1.0))
                  for b_x, f_x in ((b.one, f.one), (b.zero, f.zero)))
         top = (m.one - x0) * (q1.one - q0.one) ** 2 * m.variance
         dz = top / xp.where(f.variance > 0, f.variance, 1.0)  # where that is 0, q_1 = q_0
-        return kl.sum(1), dz[..., None].astype(z.dtype)
+        return kl.sum(1), dz[..., None]
 
     def ideal(self, xt, t, mean):
         """From E[x_0 | x_t], (n, D); certain bits have infinite log odds, which p_x0 clips."""
@@ -637,22 +629,13 @@ class Binomial(Diffusion):
     def H_step(self, t, x0):
         return self._H(self._kept(x0, float(self.before[t])).one, 1 - float(self.beta[t]))
 
-    def H_p(self, x0):
-        """Linear in x_0. The paper's constant D h(rate) where the mean of the data is the rate."""
-        one_1, one_T = (self._kept(x0, float(self.alpha_bar[t])).one for t in (1, -1))
-        return -self._log_independent(one_T - one_1 + x0, self.rate)
-
-    def from_pi(self, t, x0):
-        xp, p = self.xp, self._kept(x0, float(self.alpha_bar[t]))
-        return (_times_log(xp, p.one, p.one / self.rate)
-                + _times_log(xp, p.zero, p.zero / (1 - self.rate))).sum(1)
+    def mean_log_pi(self, t, x0):
+        """log pi is linear in the bits."""
+        return self._log_independent(self._kept(x0, float(self.alpha_bar[t])).one, self.rate)
 
     @staticmethod
     def _log_independent(x, rate):
         return (x * math.log(rate) + (1 - x) * math.log(1 - rate)).sum(1)
-
-    def log_pi(self, x):
-        return self._log_independent(x, self.rate)
 
     def log_null(self, x):
         return self._log_independent(x, self.mean)
@@ -675,7 +658,7 @@ class Tape:
 
     theta, dtheta   {layer: {name: array}}: the weights, and their gradients, to which backward adds
     level, s        (n,), what is told of each example's t, see Diffusion; dlevel, ds: gradients
-    e, de           (n, time), what the network makes of level for all its layers, see Network
+    e, de           (n, 1, 1, time), what the network makes of level for all its layers, see Network
     saved           a stack: what forward leaves for backward
     flop            floating-point operations in matrix products so far, for the benchmark"""
 
@@ -775,21 +758,19 @@ class Conv3x3(Layer):
 
 
 class Time(Layer):
-    """y = x + c, c = e V + b, the same for all pixels of an example.
+    """y = x + c, c = f(e) with f dense: the same for all pixels of an example.
 
-    dc = dy summed over the pixels        dV = e^T dc    db = sum dc    de += dc V^T    dx = dy"""
+    dc = dy summed over the pixels        de += f'(dc)        dx = dy"""
 
     def __init__(self, time, width):
-        self.shapes = dict(V=(time, width), b=(width,))
+        self.layers = (Dense(time, width),)
 
     def forward(self, x, tape):
-        return x + (tape.e @ tape.theta[self]["V"] + tape.theta[self]["b"])[:, None, None]
+        return x + self.layers[0].forward(tape.e, tape)
 
     def backward(self, dy, tape):
-        dc, d = over_pixels(dy, tape.xp), tape.dtheta[self]
-        d["V"] += tape.e.T @ dc
-        d["b"] += dc.sum(0)
-        tape.de += dc @ tape.theta[self]["V"].T
+        dc = over_pixels(dy, tape.xp)[:, None, None]
+        tape.de += self.layers[0].backward(dc, tape)
         return dy
 
 
@@ -850,20 +831,17 @@ class Beside(Sequential):
 
     def backward(self, dy, tape):
         dys = tape.xp.split(dy, tape.saved.pop(), -1)
-        dxs = [layer.backward(d, tape) for layer, d in zip(self.layers[::-1], dys[::-1])]
-        return sum(dxs[1:], dxs[0])
+        return sum(layer.backward(d, tape) for layer, d in zip(self.layers[::-1], dys[::-1]))
 
 
 class Sum(Sequential):
     """y = f_1(x) + f_2(x) + ...        dx = sum f_i'(dy)"""
 
     def forward(self, x, tape):
-        ys = [layer.forward(x, tape) for layer in self.layers]
-        return sum(ys[1:], ys[0])
+        return sum(layer.forward(x, tape) for layer in self.layers)
 
     def backward(self, dy, tape):
-        dxs = [layer.backward(dy, tape) for layer in self.layers[::-1]]
-        return sum(dxs[1:], dxs[0])
+        return sum(layer.backward(dy, tape) for layer in reversed(self.layers))
 
 
 class Cells(Sequential):
@@ -906,8 +884,7 @@ class Pooled(Cells):
         return cells.reshape(*cells.shape[:3], self.side ** 2, -1).mean(3)
 
     def _up(self, cells, H, W):
-        copies = cells[:, :, :, None].repeat(self.side ** 2, 3)
-        return super()._up(copies.reshape(*cells.shape[:3], -1), H, W)
+        return cells.repeat(self.side, 1).repeat(self.side, 2)[:, :H, :W]
 
     def backward(self, dy, tape):
         return super().backward(dy * self.side ** 2, tape) / self.side ** 2
@@ -970,7 +947,7 @@ class Edges(Layer):
         dzs = tape.xp.split(near + far / 4, len(self.edges), -1)
         dphi = sum(dz * (c - cos * x) for c, dz in zip(self.edges, dzs)) / sin ** 2
         tape.dlevel += (0.5 * sin * cos * dphi).sum((1, 2, 3))
-        return sum(dzs[1:], dzs[0]) / sin
+        return sum(dzs) / sin
 
 
 class Bumps(Layer):
@@ -985,20 +962,17 @@ class Bumps(Layer):
         self.centres = np.linspace(lowest, highest, number)
         self.width = (highest - lowest) / (number - 1) / 2
 
-    def _g(self, tape):
+    def forward(self, x, tape):
         centres = tape.xp.asarray(self.centres.astype(tape.level.dtype))
         a = (centres - tape.level[:, None]) / self.width ** 2
         g = tape.xp.exp(-0.5 * (a * self.width) ** 2)
-        return g / g.sum(1, keepdims=True), a
-
-    def forward(self, x, tape):
-        g, _ = self._g(tape)
+        g = g / g.sum(1, keepdims=True)
         x = x.reshape(*x.shape[:3], len(self.centres), -1)
-        tape.saved.append(x)
+        tape.saved.append((x, g, a))
         return (x * g[:, None, None, :, None]).sum(3)
 
     def backward(self, dy, tape):
-        x, (g, a) = tape.saved.pop(), self._g(tape)
+        x, g, a = tape.saved.pop()
         dg = (x * dy[:, :, :, None]).sum((1, 2, 4))
         tape.dlevel += (dg * g * (a - (g * a).sum(1, keepdims=True))).sum(1)
         return (dy[:, :, :, None] * g[:, None, None, :, None]).reshape(*dy.shape[:3], -1)
@@ -1045,7 +1019,8 @@ class Epsilon(Velocity):
         return z
 
     def backward(self, dz, tape):
-        (cos, sin), x, z = angle(tape), tape.saved.pop(), tape.saved[-1]
+        (cos, sin), x = angle(tape), tape.saved.pop()
+        z = tape.saved[-1]  # as Velocity's backward will find it
         dv, v = dz[..., ::2], z[..., ::2]
         tape.dlevel += 0.5 * (sin * cos * (sin / cos * v - x) * dv).sum((1, 2, 3))
         dh, _ = super().backward(dz, tape)
@@ -1064,23 +1039,19 @@ class PaperKernel:
         v = k (rho (x - h_mu) - x / (1 + sqrt(1 - beta)))        u = (rho e^s - 1) / c
         drho / dh_sigma = rho (1 - beta rho)        drho / dbeta = -rho^2 (1 - e^-h_sigma)"""
 
-    def _terms(self, h, tape):
+    def forward(self, h, x, tape):
         xp, (cos, sin), s = tape.xp, angle(tape), tape.s[:, None, None, None]
         A = 1 - sin ** 2 * xp.exp(-s)
-        beta, e_h = 1 - cos ** 2 / A, xp.exp(-h[..., 1::2])
-        return cos, sin, s, A, beta, e_h, 1 / (beta + (1 - beta) * e_h), sin / xp.sqrt(A)
-
-    def forward(self, h, x, tape):
-        xp, (_, _, s, _, beta, _, rho, k) = tape.xp, self._terms(h, tape)
-        tape.saved.append((h, x))
+        beta, e_h, k = 1 - cos ** 2 / A, xp.exp(-h[..., 1::2]), sin / xp.sqrt(A)
+        rho = 1 / (beta + (1 - beta) * e_h)
+        tape.saved.append((h, x, cos, sin, s, A, beta, e_h, k, rho))
         z = xp.empty_like(h)
         z[..., ::2] = k * (rho * (x - h[..., ::2]) - x / (1 + xp.sqrt(1 - beta)))
         z[..., 1::2] = (rho * xp.exp(s) - 1) / xp.expm1(s)
         return z
 
     def backward(self, dz, tape):
-        xp, (h, x) = tape.xp, tape.saved.pop()
-        cos, sin, s, A, beta, e_h, rho, k = self._terms(h, tape)
+        xp, (h, x, cos, sin, s, A, beta, e_h, k, rho) = tape.xp, tape.saved.pop()
         (dv, du), shrink, c = (dz[..., ::2], dz[..., 1::2]), xp.sqrt(1 - beta), xp.expm1(s)
         far = x - h[..., ::2]
         drho = dv * k * far + du * (1 + c) / c
@@ -1118,7 +1089,7 @@ class Network:
         """z (n, H, W, C outputs) for x (n, H, W, C), and level and s (n,)."""
         tape.saved.clear()
         tape.level, tape.s = level.astype(x.dtype), s.astype(x.dtype)
-        tape.e = self.time.forward(tape.level[:, None, None, None], tape).reshape(len(x), -1)
+        tape.e = self.time.forward(tape.level[:, None, None, None], tape)
         return self.readout.forward(self.body.forward(x, tape), x, tape)
 
     def backward(self, dz, tape):
@@ -1126,7 +1097,7 @@ class Network:
         tape.de, tape.dlevel, tape.ds = map(tape.xp.zeros_like, (tape.e, tape.level, tape.s))
         dh, dx = self.readout.backward(dz, tape)
         dx = dx + self.body.backward(dh, tape)
-        tape.dlevel += self.time.backward(tape.de[:, None, None], tape).reshape(-1)
+        tape.dlevel += self.time.backward(tape.de, tape).reshape(-1)
         return dx
 
 
@@ -1315,14 +1286,12 @@ class Optimiser:
 # 3. The model
 # ------------------------------------------------------------------------------------------------
 # A diffusion and a network are a model, DPM. Its lower bound K on the log likelihood is a sum over
-# t, so that one t for each example estimates it and its gradient. Sampling runs the steps that the
-# network gives from t = T down to 1.
+# t, so that one t for each example estimates it and its gradient.
 
 def objective(kind, q):
     """What training descends, as tables over t (T + 1,): frequency, t is drawn in proportion to it;
-    weight, of the loss of a drawn t; v_weight, that of (v - v*)^2 in this loss, or None for the KL
-    itself. Each kind gives (v - v*)^2 a weight, up to a factor; K's is the KL's own. InputError for
-    an unknown kind.
+    weight, of the loss of a drawn t; v_weight, of (v - v*)^2 in this loss, or None: it is the KL.
+    All kinds are one squared error, so they have the same minimiser, with a weight of
 
     K        1/2 c_t / (1 + c_t u), and the terms in u: eq. 14
     focused  K's, times 1 + 8 exp(-(level_t + 1)^2 / 25), by which t is drawn as well, and
@@ -1333,8 +1302,8 @@ def objective(kind, q):
     mean     beta_t^2 alpha_bar_{t-1} / (1 - alpha_bar_t), that of mu~ - f_mu: DDPM eq. 8 without
              its factor 1 / (2 sigma_t^2)
 
-    All are one squared error with other weights, so they have the same minimiser; u (see Gaussian)
-    always descends the KL. All but K are scaled to K's weight in the mean over t."""
+    All but K's are scaled to K's in the mean over t. u (see Gaussian) always descends the KL.
+    InputError for an unknown kind."""
     xp = q.xp
     t = xp.arange(q.T + 1)
     frequency = xp.where(t > 1, 1.0, 0.0)
@@ -1491,7 +1460,7 @@ class DPM:
         """n examples cut into slices that fit the cache; one slice on a GPU."""
         return pieces(n, self.shape[0] * self.shape[1], 6400, self.xp)
 
-    def piece(self, x, t, tape):
+    def forward_here(self, x, t, tape):
         """The network's z (n, D, outputs) for x (n, D) and t (n,), in one thread."""
         q = self.diffusion
         if isinstance(self.network, IdealNetwork):
@@ -1499,8 +1468,8 @@ class DPM:
         image = x.astype(self.dtype).reshape(len(x), *self.shape)
         return self.network.forward(image, q.level[t], q.s[t], tape).reshape(*x.shape, q.outputs)
 
-    def piece_backward(self, dz, tape):
-        """dx (n, D) of the last `piece`; the gradients in level and s are on the tape."""
+    def backward_here(self, dz, tape):
+        """dx (n, D) of the last forward_here; the gradients in level and s are on the tape."""
         dz = dz.astype(self.dtype).reshape(len(dz), *self.shape[:2], -1)
         return self.network.backward(dz, tape).reshape(len(dz), -1)
 
@@ -1512,7 +1481,7 @@ class DPM:
 
         def work(tape, share, cuts):
             for i in cuts:
-                z[i] = self.piece(x[i], t[i], tape)
+                z[i] = self.forward_here(x[i], t[i], tape)
 
         self.deal(work, len(x))
         return z
@@ -1557,7 +1526,7 @@ class DPM:
         if q.discretised:
             t = np.concatenate([t, np.ones((1, n), int)])
         times = np.where(np.arange(T + 1) > 1, (T - 1) / draws, 1.0)
-        each, (kl, entropy, distortion) = np.zeros(n), np.zeros((3, T + 1))
+        kls, (kl, entropy, distortion) = np.zeros(n), np.zeros((3, T + 1))
         blocks = range(0, n, batch)
         own = list(zip(blocks, rng.spawn(len(blocks))))[self.comm.rank::self.comm.size]
         for i, block_rng in progress(own):
@@ -1568,22 +1537,22 @@ class DPM:
                 xt = q.q_jump(x, t_x).draw(xp.asarray(noise))
                 z = self.forward(xt, t_x)
                 loss = to_host(self._loss(x, xt, t_x, z)[0]) * times[row]
-                each[i:i + batch] += loss
+                kls[i:i + batch] += loss
                 kl += np.bincount(row, loss, T + 1) / n
                 square = ((q.p_x0(xt, t_x, z).mean - x) ** 2).mean(1)
                 distortion += np.bincount(row, to_host(square), T + 1)
                 H = q.p_back(xt, xp.maximum(t_x, 2), z).entropy()
                 entropy += np.bincount(row, to_host(H), T + 1)
-        each, kl, entropy, distortion = map(self.comm.sum, (each, kl, entropy, distortion))
+        kls, kl, entropy, distortion = map(self.comm.sum, (kls, kl, entropy, distortion))
         entropy[:2] = math.nan  # p(x_0 | x_1) is not one of the T - 1 steps
         count = np.bincount(t.ravel(), minlength=T + 1)
         entropy, distortion = (np.where(count, total, math.nan) / np.maximum(count, 1)
                                for total in (entropy, distortion))
         x0 = xp.asarray(x0)
-        parts = dict(L_T=q.from_pi(T, x0)) if q.discretised else dict(
+        parts = dict(L_T=q.kl_to_pi(T, x0)) if q.discretised else dict(
             H_q_T=q.H_q(T, x0), H_q_1=q.H_q(1, x0), H_p_T=q.H_p(x0))
         parts, null = {name: to_host(a) for name, a in parts.items()}, to_host(q.log_null(x0))
-        each = sum(a if name == "H_q_T" else -a for name, a in parts.items()) - each
+        each = sum(a if name == "H_q_T" else -a for name, a in parts.items()) - kls
 
         def se(values):
             return float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
@@ -1621,9 +1590,9 @@ class DPM:
             noise = q.distribution.noise(x0[share].shape, rng, self.dtype)
             xt[share] = q.q_jump(x0[share], t[share]).draw(noise)
             for i in cuts:
-                z = self.piece(xt[i], t[i], tape)
+                z = self.forward_here(xt[i], t[i], tape)
                 loss[i], dz = self._loss(x0[i], xt[i], t[i], z, v_weight)
-                dx = self.piece_backward(dz * factor[i, None, None], tape)
+                dx = self.backward_here(dz * factor[i, None, None], tape)
                 if self.learned:
                     dlevel = self.learned.dlevel(q, x0[i], xt[i], t[i], z, dx, tape, factor[i], n)
                     psi = self.weights[self.learned]["psi"]
@@ -1675,19 +1644,21 @@ class DPM:
         xp, q = model.xp, model.diffusion
 
         def draw_batch(rngs, rows, tick):
-            def noise():
-                return xp.asarray(np.stack([q.distribution.noise((self.D,), rng) for rng in rngs]))
-
-            kept = {}
-            x = q.pi((len(rngs), self.D)).draw(noise()) if x_T is None else xp.asarray(x_T[rows])
+            kept, pi = {}, q.pi((len(rngs), self.D))
+            x = pi.draw(model.noise(rngs)) if x_T is None else xp.asarray(x_T[rows])
             for t in range(model.T, 0, -1):
                 if t in keep:
                     kept[t] = x
-                x = model.p_back(x, t, eta).draw(noise())
+                x = model.p_back(x, t, eta).draw(model.noise(rngs))
                 tick()
             return x, kept
 
         return model.chains(draw_batch, number, seed, batch, keep, progress, first)
+
+    def noise(self, rngs, rows=1):
+        """What is random in one step, `rows` rows by each generator: (len(rngs) rows, D)."""
+        drawn = [self.diffusion.distribution.noise((rows, self.D), rng) for rng in rngs]
+        return self.xp.asarray(np.concatenate(drawn))
 
     def chains(self, draw_batch, number, seed, batch, keep, progress, first=0):
         """All samples, `batch` at a time, dealt out to the ranks. draw_batch(rngs, rows, tick)
@@ -1826,8 +1797,7 @@ class LearnedSchedule:
 # 5. Posteriors
 # ------------------------------------------------------------------------------------------------
 # A trained model times any r(x_0): inpainting, denoising, or what you like. The reverse process
-# stays, but every step is multiplied by an r_t that says what r will want (eqs. 16-23). One chain
-# is an approximation; many weighted chains, called particles, are exact in the limit.
+# stays, but every step is multiplied by an r_t that says what r will want (eqs. 16-23).
 
 class Observation:
     """r(x) = exp(-(x - y)^2 / (2 sigma^2)), x normalised: y (n, D) or (D,), and sigma >= 0 that
@@ -1841,7 +1811,7 @@ class Observation:
         except ValueError:
             raise InputError(f"the noise of an observation has shape {sigma.shape}, the "
                              f"observation {y.shape}") from None
-        if np.isnan(sigma).any() or (sigma < 0).any():
+        if not (sigma >= 0).all():
             raise InputError("the noise of an observation must be 0 (known), positive, or inf "
                              "(unknown)")
         if not np.isfinite(y[np.isfinite(sigma)]).all():
@@ -1866,12 +1836,11 @@ class Observation:
             if power == 0:
                 return self.y, xp.full(self.sigma.shape, math.inf)
             return self.y, self.sigma ** 2 / power
-        known = self.sigma == 0
-        if bool((known & (self.y != 0) & (self.y != 1)).any()):
+        if bool(((self.sigma == 0) & (self.y != 0) & (self.y != 1)).any()):
             raise InputError("a known bit must be 0 or 1")
-        sigma = xp.where(known, 1.0, self.sigma)
-        log_r = [-xp.where(known, xp.where(self.y == x, 0.0, math.inf),
-                           0.5 * ((x - self.y) / sigma) ** 2) for x in (0, 1)]
+        with np.errstate(divide="ignore", invalid="ignore"):  # sigma = 0: log r is 0 or -inf
+            log_r = [-xp.where(self.y == x, 0.0, 0.5 * ((x - self.y) / self.sigma) ** 2)
+                     for x in (0, 1)]
         top = xp.maximum(*log_r)
         return [power * (a - top) if power > 0 else 0 * top for a in log_r]
 
@@ -1879,8 +1848,7 @@ class Observation:
         """log r(x)^power, nats (n,), up to a constant; a known number counts 0, wherever x is."""
         a, b = self.factors(q, power)
         if q.distribution is Normal:
-            square = q.xp.where(b > 0, (x - a) ** 2 / q.xp.where(b > 0, b, 1.0), 0.0)
-            return -0.5 * square.sum(1)
+            return -0.5 * ((x - a) ** 2 / q.xp.where(b > 0, b, math.inf)).sum(1)
         return q.xp.where(x == 1, b, a).sum(1)
 
 
@@ -1909,8 +1877,9 @@ class Function:
         return self._checked(self._gradient(x), x.shape, "gradient")
 
 
-DECISIVE = -2, 4  # levels; of small pictures and vectors x_t says little of x_0 above, and below
-#                   only details are left open
+# Levels: above them x_t says little of x_0 (of small pictures and of vectors), below them only
+# details are left open
+DECISIVE = -2, 4
 
 
 class Contrast:
@@ -1918,8 +1887,8 @@ class Contrast:
     training. It makes the errors of the model, only larger; so we step away from it (Karras et al.
     2024, arXiv 2406.02507). p(x_0) has a bound and no value, so each step is multiplied, not x_0:
     at the DECISIVE levels p(x_{t-1} | x_t) becomes p^(1 + w) / p_weak^w, normalised, p_weak with
-    the variance of p. The samples are clearer than those of p, and vary less; of which distribution
-    they are, nobody knows. InputError unless w is finite and 0 or more."""
+    the variance of p. The samples vary less; of which distribution they are, nobody knows.
+    InputError unless w is finite and 0 or more."""
 
     def __init__(self, weak, w):
         if not 0 <= w < math.inf:
@@ -1937,8 +1906,8 @@ R_SCHEDULES = ("predicted", "constant", "annealed")
 
 class Posterior:
     """p(x_0) r(x_0): each p(x_{t-1} | x_t) of a model times r_{t-1}(x_{t-1}), normalised. r is an
-    Observation, a Function, or a list of them: their product; in the list a Contrast multiplies
-    every step as well. r_0 = r, and r_t is by `schedule`
+    Observation, a Function, or a list of them: their product; in the list a Contrast multiplies the
+    decisive steps as well. r_0 = r, and r_t is by `schedule`
 
         constant   r                    eq. 23
         annealed   r^((T - t) / T)      section 2.5
@@ -2008,10 +1977,10 @@ class Posterior:
 
         def work(tape, share, cuts):
             for i in cuts:
-                z[i] = model.piece(x[i], t_x[i], tape)
+                z[i] = model.forward_here(x[i], t_x[i], tape)
                 log_r[i], dmean = self.rows(i).of_x0(q.x0_for_r(x[i], t_x[i], z[i]))
                 dx, dz = q.dp_x0(x[i], t_x[i], z[i], dmean)
-                g[i] = dx + model.piece_backward(dz, tape)
+                g[i] = dx + model.backward_here(dz, tape)
 
         model.deal(work, len(x))
         p, p_x0 = q.p_back(x, t_x, z), q.x0_for_r(x, t_x, z)
@@ -2038,16 +2007,16 @@ class Posterior:
         return model.chains(draw_batch, number, seed, batch, keep, progress, first)
 
     def _step(self, x, t):
-        """The model's p(x_{t-1} | x_t = x), t >= 1; log r_t(x) (n,); the g to tilt p by, or None;
-        and whether p is still to be multiplied by r_{t-1}."""
+        """The model's p(x_{t-1} | x_t = x), t >= 1; log r_t(x) (n,); and the g to tilt p by, or
+        None where p is to be multiplied by r_{t-1}."""
         model, q = self.model, self.model.diffusion
         if self.schedule != "predicted" or not self.observations + self.functions:
-            return model.p_back(x, t), self._log_r(x, t), None, True
+            return model.p_back(x, t), self._log_r(x, t), None
         if t > 1:
-            return *self.predicted(x, t), False
+            return self.predicted(x, t)
         z = model.xp.zeros((*x.shape, q.outputs))  # the fixed first step knows what pi knows
         log_r, _ = self.of_x0(q.x0_for_r(x, model.xp.full(len(x), 1), z))
-        return model.p_back(x, 1), log_r, None, True
+        return model.p_back(x, 1), log_r, None
 
     def _sharpened(self, p, x, t):
         """p = p(x_{t-1} | x_t = x) times the Contrasts, which leave known coordinates alone."""
@@ -2072,19 +2041,17 @@ class Posterior:
         return (sum(o.log_r(q, x, power) for o in self.observations)
                 + sum(power * f.log_r(x) for f in self.functions))
 
-    def _draw(self, p, t, g, multiply, rngs):
-        """x_t from p, tilted by g, or times r_t if multiply; and log p(x_t) less the log density
-        that x_t was drawn from, up to a constant."""
-        xp, q, power = self.model.xp, self.model.diffusion, self._power(t)
+    def _draw(self, p, t, g, rngs):
+        """x_t from p, times r_t if g is None, or else tilted by g; and log p(x_t) less the log
+        density that x_t was drawn from, up to a constant."""
+        q, power, multiply = self.model.diffusion, self._power(t), g is None
         product, log_Z = self.given(p, power) if multiply else (p, 0.0)
         if multiply and self.functions:
             g = sum(power * f.gradient(product.mean) for f in self.functions)
         if g is not None:
             product, log_Z_g = product.tilted(g)
             log_Z = log_Z + log_Z_g
-        shape = self.particles, self.model.D
-        noise = np.concatenate([q.distribution.noise(shape, rng) for rng in rngs])
-        x = product.draw(xp.asarray(noise))
+        x = product.draw(self.model.noise(rngs, self.particles))
         if self.particles == 1:
             return x, 0.0
         log_r = sum(o.log_r(q, x, power) for o in self.observations) if multiply else 0.0
@@ -2103,22 +2070,24 @@ class Posterior:
             return xp.asarray(rows)
 
         pi = model.diffusion.pi((n * N, model.D))
-        x, log_p = self._draw(pi, model.T, None, self.schedule != "predicted", rngs)
+        if self.schedule == "predicted":
+            x, log_p = pi.draw(model.noise(rngs, N)), 0.0
+        else:
+            x, log_p = self._draw(pi, model.T, None, rngs)
         for t in range(model.T, 0, -1):
             if t in keep:
                 past[t] = x
-            for again in reversed(range(self.repeats if self._decides(t) else 1)):
-                p, log_r, g, multiply = self._step(x, t)
+            for repeat in range(self.repeats if self._decides(t) else 1):
+                if repeat:  # up to another x_t, and down again
+                    x = model.diffusion.q_step(x, xp.full(n, t)).draw(model.noise(rngs))
+                p, log_r, g = self._step(x, t)
                 p = self._sharpened(p, x, t)
                 if N > 1:
                     rows = choose(log_p + log_r)
                     past = {s: a[rows] for s, a in past.items()}
                     p, log_r, g = p.take(rows), log_r[rows], None if g is None else g[rows]
-                x, log_p = self._draw(p, t - 1, g, multiply, rngs)
+                x, log_p = self._draw(p, t - 1, g, rngs)
                 log_p = log_p - log_r
-                if again:
-                    up = model.diffusion.q_step(x, xp.full(len(x), t))
-                    x, _ = self._draw(up, t, None, False, rngs)
             tick()
         if N > 1:
             rows = choose(log_p + self._log_r(x, 0), last=True)
@@ -2184,11 +2153,11 @@ def save(model, path, optimiser=None, half=False):
         os.fsync(file.fileno())
 
 
-def build(diffusion, shape, network, sizes, predict="v", learned=False, **options):
-    """A DPM of a diffusion, data of shape (H, W, C), a network by its name and its sizes (a dict of
-    arguments), and what it outputs for numbers: v, eps or paper. learned: beta_t too. options are
-    DPM's. InputError for what does not go together."""
-    H, W, C = shape
+def build(diffusion, shape, about, learned=False, **options):
+    """A DPM of a diffusion and data of shape (H, W, C). about: `network`, its name; `sizes`, its
+    arguments; `predict`, what it outputs for numbers, v, eps or paper; and what else is to be known
+    of the run. learned: beta_t too. options are DPM's. InputError for what does not go together."""
+    (H, W, C), network, sizes, predict = shape, about["network"], about["sizes"], about["predict"]
     if learned and (not isinstance(diffusion, Gaussian) or diffusion.discretised):
         raise InputError("a learned schedule is for numbers, with the fixed first step")
     if network not in NETWORKS:
@@ -2205,7 +2174,7 @@ def build(diffusion, shape, network, sizes, predict="v", learned=False, **option
     made = NETWORKS[network](C, readout, diffusion.outputs, **sizes)
     beta_1 = 1 - float(diffusion.alpha_bar[1])
     schedule = LearnedSchedule(diffusion.T, beta_1, diffusion.xp) if learned else None
-    return DPM(diffusion, made, shape, learned=schedule, **options)
+    return DPM(diffusion, made, shape, learned=schedule, about=about, **options)
 
 
 def load(path, xp=np, threads=None, comm=None):
@@ -2255,9 +2224,8 @@ def _read(path):
 def _model_of(content, weights, xp, threads, comm):
     """The model in what `_read` returns, with the weights of this name."""
     config, dtype = content["config"], content["config"]["dtype"]
-    about, made = config["about"], dict(Gaussian=Gaussian, Binomial=Binomial)[config["diffusion"]]
-    return build(made(content["alpha_bar"], xp, **config["of_diffusion"]), config["shape"],
-                 about["network"], about["sizes"], about["predict"], config["learned"],
-                 shift=float(content["shift"]), scale=float(content["scale"]), about=about,
-                 threads=threads, dtype=dtype, comm=comm,
-                 theta=xp.asarray(content[weights].astype(dtype)))
+    kind = dict(Gaussian=Gaussian, Binomial=Binomial)[config["diffusion"]]
+    q = kind(content["alpha_bar"], xp, **config["of_diffusion"])
+    return build(q, config["shape"], config["about"], config["learned"],
+                 shift=float(content["shift"]), scale=float(content["scale"]), threads=threads,
+                 dtype=dtype, comm=comm, theta=xp.asarray(content[weights].astype(dtype)))

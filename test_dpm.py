@@ -55,7 +55,7 @@ MAP = [  # equation, what it says, where it is in dpm.py, which tests hold it
      "log_weights",
      "test_log_likelihood_of_linear_kernels test_K_by_enumeration"),
     ("SD 10-14, 37-51", "the log likelihood and the bound K; DDPM 3, 5",
-     "DPM.bound Gaussian.kl Binomial.kl Gaussian.H_q Gaussian.H_p Binomial.H_p Gaussian.from_pi",
+     "DPM.bound Gaussian.kl Binomial.kl Gaussian.H_q Diffusion.H_p Diffusion.kl_to_pi",
      "test_kl_is_the_integral test_K_star_of_gaussian_data test_K_by_enumeration test_entropies "
      "test_at_initialisation_K_is_L_null test_parts_sum_to_K test_swissroll_K_star"),
     ("SD 15", "training: the gradient of K", "DPM.gradient stratified Optimiser.momentum DPM.step",
@@ -149,8 +149,8 @@ def small_model(q=None, shape=(1, 1, 3), network="mlp", stir=0.2, predict="v", l
                 **options):
     """A model with random weights everywhere, the last layer included, unless stir is 0."""
     about = dict(network=network, sizes=SIZES[network], predict=predict, dataset="x")
-    options = dict(shift=0.5, scale=2.0, about=about, threads=2, dtype="float64") | options
-    model = dpm.build(q or gaussian(), shape, network, SIZES[network], predict, learned, **options)
+    options = dict(shift=0.5, scale=2.0, threads=2, dtype="float64") | options
+    model = dpm.build(q or gaussian(), shape, about, learned, **options)
     model.theta += (stir * rng(7).standard_normal(len(model.theta))).astype(model.dtype)
     model.follow_schedule()
     return model
@@ -367,7 +367,7 @@ def test_entropies():
                 log_q = jump.take([0] * len(all_x)).log_density(all_x)
                 H, kl = (total(np.exp(log_q) * y) for y in (-log_q, log_q - log_pi))
                 assert H == approx(diffusion.H_q(t, given)[i], rel=1e-6)
-                assert kl == approx(diffusion.from_pi(t, given)[i], rel=1e-6)
+                assert kl == approx(diffusion.kl_to_pi(t, given)[i], rel=1e-6)
                 one = diffusion.q_jump(given[[i]], np.array([t - 1])).mean[0, 0]
                 step = diffusion.q_step(states, np.array([t, t])).entropy()
                 step = step[0] if diffusion is q else one * step[1] + (1 - one) * step[0]
@@ -383,7 +383,7 @@ def test_entropies():
         H_p = -mean_log_pi(d, given, d.T) + mean_log_pi(d, given, 1) - d.log_pi(given)
         close(d.H_p(given), H_p)
     wide = np.full((1, 5), 1.3)
-    for f in (lambda x: q.H_q(3, x), lambda x: q.H_step(3, x), q.H_p, lambda x: q.from_pi(3, x)):
+    for f in (lambda x: q.H_q(3, x), lambda x: q.H_step(3, x), q.H_p, lambda x: q.kl_to_pi(3, x)):
         close(f(wide), 5 * f(wide[:, :1]))
 
 
@@ -392,7 +392,7 @@ def test_entropies():
     (binomial(40, kind="logsnr"), 1.0, 2, 0.7 ** 2 / (2 * 0.3 * 0.7))])  # half the chi-square
 def test_the_chain_forgets(q, x, power, limit):
     """The distance to pi falls in every step, in the end as alpha_bar, or its square for bits."""
-    kl = np.array([q.from_pi(t, np.array([[x]]))[0] for t in range(1, 41)])
+    kl = np.array([q.kl_to_pi(t, np.array([[x]]))[0] for t in range(1, 41)])
     assert (np.diff(kl) < 0).all()
     close(kl[34:] / q.alpha_bar[35:] ** power, limit, rtol=0.02)
 
@@ -561,7 +561,7 @@ LAYERS = dict(  # how it is made for (H, W, 2), and y by x, e, level and the wei
     Dense=(lambda *_: dpm.Dense(2, 3), lambda x, e, level, w: dense(x, w)),
     Conv3x3=(lambda *_: dpm.Conv3x3(2, 3), lambda x, e, level, w: convolved(x, w)),
     Time=(lambda *_: dpm.Time(3, 2),
-          lambda x, e, level, w: x + (e @ w["V"] + w["b"])[:, None, None]),
+          lambda x, e, level, w: x + dense(e, w)[:, None, None]),
     Rectifier=(lambda *_: dpm.Rectifier(), lambda x, e, level: rectified(x)),
     Waves=(lambda *_: dpm.Waves((math.pi, 4 * math.pi)), lambda x, e, level: side(
         f(2 ** k * np.pi * x) for f in (np.sin, np.cos) for k in (0, 2))),
@@ -592,7 +592,7 @@ def hold_to_quotients(network, shape):
     tape, x = dpm.Tape(np, W, dW), r.standard_normal((3, *shape))
     level, s = 3 * r.standard_normal(3), r.random(3) + 0.1
     y = network.forward(x, level, s, tape)
-    e, dy = tape.e, r.standard_normal(y.shape)
+    e, dy = tape.e[:, 0, 0], r.standard_normal(y.shape)
     kept = [a.copy() for a in (x, y, dy)]
     loss = lambda: float((network.forward(x, level, s, tape) * dy).sum())
     network.backward(dy, tape)
@@ -975,7 +975,7 @@ def test_parts_sum_to_K(q):
     for draws in (None, 3):
         found = model.bound(x0, rng(13), draws, batch=7)
         if q.discretised:
-            assert found["L_T"] == approx(q.from_pi(9, x0).mean())
+            assert found["L_T"] == approx(q.kl_to_pi(9, x0).mean())
             K = -found["kl"].sum() - found["L_T"]
         else:
             names, entropies = ("H_q_T", "H_q_1", "H_p_T"), (q.H_q(9, x0), q.H_q(1, x0), q.H_p(x0))

@@ -188,9 +188,8 @@ def new_model(dataset, chosen, xp, comm=None, threads=None):
             options, detail = options | runs.decoder(shift, scale), 1 / 3 / scale
         alpha_bar = dpm.schedule("logsnr" if kind == "learned" else kind, T, detail ** 2)
         q = dpm.Gaussian(alpha_bar, xp, **options)
-    return dpm.build(q, dataset.shape, chosen["network"], chosen["sizes"], chosen["predict"],
-                     kind == "learned", shift=shift, scale=scale, about=chosen, comm=comm,
-                     threads=threads, dtype=chosen["dtype"], seed=chosen["seed"])
+    return dpm.build(q, dataset.shape, chosen, kind == "learned", shift=shift, scale=scale,
+                     comm=comm, threads=threads, dtype=chosen["dtype"], seed=chosen["seed"])
 
 
 def optimiser_options(chosen):

@@ -102,7 +102,7 @@ def gain(q, mean, D):
     """What K - L_null would be if every KL were 0, for data of this mean (1, D) and variance 1."""
     null = float(q.log_null(mean)[0]) - (0 if isinstance(q, dpm.Binomial) else 0.5 * D)
     if q.discretised:
-        return -float(q.from_pi(q.T, mean + 1)[0]) - null
+        return -float(q.kl_to_pi(q.T, mean + 1)[0]) - null
     ones = mean if isinstance(q, dpm.Binomial) else mean + 1  # second moment 1
     return float((q.H_q(q.T, mean) - q.H_q(1, mean) - q.H_p(ones))[0]) - null
 

@@ -348,7 +348,7 @@ def forgetting(q, x, path):
                                       squeeze=False)[:, 0]
     axis = above.subplots()
     for name, x0 in starts.items():
-        kl = [float(q.from_pi(t, x0).mean()) / LN2 / D for t in times.tolist()]
+        kl = [float(q.kl_to_pi(t, x0).mean()) / LN2 / D for t in times.tolist()]
         axis.plot(times, kl, label=f"from {name}")
     alpha_bar = dpm.to_host(q.alpha_bar)
     axis.plot(times, alpha_bar[times], "k--", lw=1, label="alpha_bar_t")
