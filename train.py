@@ -1,9 +1,9 @@
 """Train a diffusion model and evaluate it: data -> model -> checkpoint, log, numbers, pictures.
 
-    python train.py                                  # swiss roll, about a minute
+    python train.py                                  # swiss roll, two to four minutes
     python train.py --schedule learned               # the same, and beta_t is learned with it
     python train.py --dataset heartbeat              # bits: the binomial diffusion
-    python train.py --dataset mnist                  # 16 minutes on two cores
+    python train.py --dataset mnist                  # 20 minutes on two cores
     python train.py --dataset mnist --gpu
     python train.py --dataset my_pictures --crop 64  # your own: a folder, .npy, .npz, IDX, CIFAR-10
     python train.py --resume runs/mnist              # go on where it was stopped, bit for bit
