@@ -259,7 +259,7 @@ class Bernoulli:
 
     def tilted(self, g):
         """The product with exp(g x), normalised, and log Z (n,): the log odds move by g."""
-        return self.times(0 * g, g)
+        return self.times(0 * self.one, g)
 
     def slope_against(self, other):
         """How far the log odds lie above those of other, (n, D): other, tilted by it, is self."""
@@ -1102,7 +1102,7 @@ class Network:
 
 
 def time_layers(time):
-    """The layers that make e (n, time) of the level."""
+    """The layers that make e (n, 1, 1, time) of the level."""
     rates = np.exp(np.linspace(0, 5, 32)) / 40
     return Waves(rates), Dense(64, time), Rectifier(), Dense(time, time), Rectifier()
 

@@ -42,7 +42,8 @@ def arguments():
                    help="sample k depends on this and on k alone (0)")
     g.add_argument("--steps", metavar="S", type=int, help="use this many of the T steps "
                    f"(posteriors of images: {sampling.STEPS}, with --repeats "
-                   f"{sampling.STEPS // 2}; free images: {evaluation.IMAGE_STEPS}; else all)")
+                   f"{sampling.STEPS // 2}; free images: {evaluation.IMAGE_STEPS}; else, and of "
+                   "the paper's kernel, all)")
     g.add_argument("--eta", metavar="X", type=float, default=1.0,
                    help="noise of the steps: 1 the model's, 0 none, which is DDIM (1); below 1 "
                    "nothing is sharpened")
@@ -87,8 +88,9 @@ def check(args):
         value = getattr(args, name)
         if value is not None and value < least:
             raise dpm.InputError(f"--{name} must be {least} or more, not {value}")
-    if args.out is not None and not args.out.strip():
-        raise dpm.InputError("--out: give a name, such as runs/samples, or omit the flag")
+    for flag in ("checkpoint", "out"):
+        if getattr(args, flag) is not None and not getattr(args, flag).strip():
+            raise dpm.InputError(f"--{flag}: give a name, or omit the flag")
     if args.mode == "denoise" and not SIGMA[0] <= args.denoise <= SIGMA[1]:
         raise dpm.InputError(f"--denoise takes a standard deviation from {SIGMA[0]:g} to "
                              f"{SIGMA[1]:g}, not {args.denoise:g}")

@@ -2925,6 +2925,7 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
             ("no pictures of bytes", "--checkpoint", roll, "--inpaint", "--input", "five.png"),
             ("not allowed with", *known, "--inpaint", "--denoise", 1),
             ("--out", *known, "--out", ""), ("give a name", *known, "--out", ".."),
+            ("--checkpoint", "--checkpoint", ""),
             ("text.npz", *known, "--number", 1, "--out", "text.npz/a")]:
         refuses(says, *flags, script="sample", cwd=tmp_path)
     assert sorted(tmp_path.rglob("*")) == files

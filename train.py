@@ -3,7 +3,7 @@
     python train.py                                  # swiss roll, two to four minutes
     python train.py --schedule learned               # the same, and beta_t is learned with it
     python train.py --dataset heartbeat              # bits: the binomial diffusion
-    python train.py --dataset mnist                  # 20 minutes on two cores
+    python train.py --dataset mnist                  # 25 minutes on two cores
     python train.py --dataset mnist --gpu
     python train.py --dataset my_pictures --crop 64  # your own: a folder, .npy, .npz, IDX, CIFAR-10
     python train.py --resume runs/mnist              # go on where it was stopped, bit for bit
@@ -295,7 +295,9 @@ def resume(args, xp, comm):
         raise dpm.InputError(f"{out} was started with {shares} shares of a batch, which are "
                              f"threads times ranks, not {args.threads * model.comm.size}; omit "
                              "--threads")
-    if args.dataset and str(pathlib.Path(args.dataset).resolve()) == dataset.name:
+    if args.dataset and args.dataset.partition(":")[0] in data.MADE:
+        args.dataset = data.load(args.dataset).name
+    elif args.dataset and str(pathlib.Path(args.dataset).resolve()) == dataset.name:
         args.dataset = dataset.name
     for name in FIXED:
         if getattr(args, name) not in (None, model.about[name]):

@@ -77,12 +77,12 @@ def evaluate(path, xp, chains=(), parzen=False, comm=None):
                        K_star_bits_se=math.hypot(result["K_bits_se"],
                                                  truth["K_star_minus_K_bits_se"]))
     if image:
-        result |= sample_measure(model, dataset)
+        result |= sample_measure(model, dataset, runs.fewer_steps(model, 50))
     for short in shorter:
         row = dict(steps=short.T, K_bits=bound(short, some, f"bound, {short.T} steps")["K"] / LN2)
         if image:
             row |= dict(bits_per_dim=bits_per_dim(row["K_bits"], model)) if dataset.bytes else {}
-            row |= sample_measure(model, dataset, short.T)
+            row |= sample_measure(short, dataset, short.T)
         result.setdefault("chains", []).append(row)
     if parzen:
         result |= parzen_estimate(model, dataset)
@@ -151,7 +151,7 @@ def bits_per_dim(K, model):
 def bits_of_bytes(model, bytes_, bound):
     """bits/dim of the bytes (n, D) themselves, by the network of a model that was trained on
     dequantised ones: with a discretised decoder (DDPM eq. 13), and from the first t on whose noise
-    is a third of a grey level, since the decoder does the rest."""
+    is at least a third of a grey level, since the decoder does the rest."""
     q, detail = model.diffusion, 1 / 3 / model.scale
     first = np.searchsorted(np.sqrt(1 - dpm.to_host(q.alpha_bar[1:])), detail) + 1
     alpha_bar = np.append(1, dpm.to_host(q.alpha_bar[min(first, q.T - 1):]))  # two steps at least
@@ -162,10 +162,10 @@ def bits_of_bytes(model, bytes_, bound):
             for end in ("", "_se")}
 
 
-def sample_measure(model, dataset, steps=50):
+def sample_measure(model, dataset, steps):
     """How far samples are from training images, and as many test images, see distances; nothing
     where fewer than 40 are held out."""
-    test, steps = dataset.held_out(MEASURED), runs.fewer_steps(model, steps)
+    test = dataset.held_out(MEASURED)
     if len(test) < 40:
         return {}
     samples = model.sample(len(test), 1, steps, progress=runs.progress(f"{len(test)} samples"))
@@ -306,7 +306,7 @@ def print_page(r, table, image, binary):
              f"of the 8-bit values, {kind}: a bound on code length")
     if "discretised_bits_per_dim" in r:
         line("  the same, discrete", r["discretised_bits_per_dim"],
-             r["discretised_bits_per_dim_se"], "from noise of a third of a grey level on")
+             r["discretised_bits_per_dim_se"], "from noise of a third of a grey level or more")
     if table:
         print("rate and distortion (DDPM, Table 4): bits/dim of the steps from T down, error of "
               "x_0 in 0..255")

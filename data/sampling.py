@@ -56,7 +56,7 @@ def contrast(model, args, checkpoint):
         path = WEAK
     if args.sharpen and path is None:
         raise dpm.InputError("--sharpen needs a worse model of the same data: --weak PATH")
-    if path is None or not w or not can_sharpen(args):
+    if path is None or not can_sharpen(args) or (args.weak is None and not w):
         return []
     weak = runs.load(path := runs.checkpoint_in(path), model.xp, model.comm)
     if os.path.samefile(path, checkpoint):
@@ -66,7 +66,7 @@ def contrast(model, args, checkpoint):
         raise dpm.InputError(f"--weak {path}: a model of other data, or of another pi")
     if weak.about["predict"] not in ("v", model.about["predict"]):
         raise dpm.InputError(f"--weak {path}: predicts {weak.about['predict']}; give one with v")
-    return [dpm.Contrast(weak, w)]
+    return [dpm.Contrast(weak, w)] if w else []
 
 
 def repeats_of(args, kind):
@@ -76,7 +76,7 @@ def repeats_of(args, kind):
 
 def shortened(model, args):
     """The model with the steps that the flags ask for, or with as many as nobody sees a difference
-    from; of points and sequences all T."""
+    from; of points, of sequences and of the paper's kernel all T."""
     kind, S = figures.kind_of(model), args.steps
     if S is None and kind == "images":
         S = runs.fewer_steps(model, evaluation.IMAGE_STEPS if args.mode == "samples"
