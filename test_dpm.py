@@ -2594,7 +2594,7 @@ def test_a_full_disk_loses_no_checkpoint(straight, tmp_path, room, names):
 def test_half_a_row_of_a_log_is_no_row(tmp_path):
     whole = ",".join(train.COLUMNS) + "\n9,0.1,4.5\n"
     (log := tmp_path / "log.csv").write_text(whole + "10")  # of 100, where the disk was full
-    figures.curve(log, tmp_path / "curve.png")
+    figures.curve(runs.logged(log), tmp_path / "curve.png")
     runs.cut_log(log, train.COLUMNS, 50)
     assert log.read_text() == whole
 

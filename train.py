@@ -184,8 +184,8 @@ def new_model(dataset, chosen, xp, comm=None, threads=None):
         q = dpm.Binomial(alpha_bar, xp, rate, dataset.mean)
     else:
         options, detail = dict(variance=chosen["variance"]), dataset.detail
-        if chosen["decoder"] == "discretised":  # a third of a grey level: the decoder does the rest
-            options, detail = options | runs.decoder(shift, scale), 1 / 3 / scale
+        if chosen["decoder"] == "discretised":
+            options, detail = options | runs.decoder(shift, scale), runs.DECODED / scale
         alpha_bar = dpm.schedule("logsnr" if kind == "learned" else kind, T, detail ** 2)
         q = dpm.Gaussian(alpha_bar, xp, **options)
     return dpm.build(q, dataset.shape, chosen, kind == "learned", shift=shift, scale=scale,

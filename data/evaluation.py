@@ -152,14 +152,14 @@ def bits_of_bytes(model, bytes_, bound):
     """bits/dim of the bytes (n, D) themselves, by the network of a model that was trained on
     dequantised ones: with a discretised decoder (DDPM eq. 13), and from the first t on whose noise
     is at least a third of a grey level, since the decoder does the rest."""
-    q, detail = model.diffusion, 1 / 3 / model.scale
-    first = np.searchsorted(np.sqrt(1 - dpm.to_host(q.alpha_bar[1:])), detail) + 1
+    q = model.diffusion
+    first = np.searchsorted(dpm.to_host(q.sin[1:]), runs.DECODED / model.scale) + 1
     alpha_bar = np.append(1, dpm.to_host(q.alpha_bar[min(first, q.T - 1):]))  # two steps at least
     decoder = runs.decoder(model.shift, model.scale)
     of_bytes = model.with_diffusion(dpm.Gaussian(alpha_bar, model.xp, q.variance, **decoder))
     found = bound(of_bytes, model.normal(bytes_ + 0.5), "bound, discretised")
-    return {f"discretised_bits_per_dim{end}": abs(found[f"K{end}"]) / LN2 / model.D
-            for end in ("", "_se")}
+    return dict(discretised_bits_per_dim=bits_per_dim(found["K"] / LN2, of_bytes),
+                discretised_bits_per_dim_se=found["K_se"] / LN2 / model.D)
 
 
 def sample_measure(model, dataset, steps):
@@ -216,7 +216,7 @@ def parzen_estimate(model, dataset):
 def draw(model, dataset, found, curves, entropies, result, out):
     """All pictures of an evaluation; returns the table of rate and distortion of bytes."""
     T, D, table = model.T, model.D, []
-    figures.curve(out / "log.csv", out / "training.png")
+    figures.curve(runs.logged(out / "log.csv"), out / "training.png")
     figures.by_t(T, curves, "KL, bits", "where the bound is lost: KL[q || p] of every step",
                  out / "kl.png", yscale="log")
     by_name = {"upper bound": entropies[1] / D, "the model's": found["entropy"] / D,

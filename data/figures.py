@@ -202,10 +202,9 @@ def _axes(rows=1, columns=1, size=(6, 3.5), **options):
 # Training, the bound, the schedule
 # -------------------------------------------------------------------------------------------------
 
-def curve(log_csv, path):
-    """K - L_null during training, from a run's log.csv; draws nothing where there is none."""
-    text = log_csv.read_text() if log_csv.exists() else ""
-    rows = list(csv.DictReader(text.rpartition("\n")[0].splitlines()))  # a full disk cuts a row
+def curve(lines, path):
+    """K - L_null during training, from the lines of a run's log; nothing if there are none."""
+    rows = list(csv.DictReader(lines))
     if not rows:
         return
     step, seconds, K = (np.array([float(row[name]) for row in rows])

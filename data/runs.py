@@ -117,6 +117,9 @@ def load_for(model):
     return dataset
 
 
+DECODED = 1 / 3  # of a grey level: the decoder of bytes does what is below noise of this deviation
+
+
 def decoder(shift, scale):
     """Options of dpm.Gaussian for a discretised decoder of normalised bytes."""
     return dict(half=0.5 / scale, ends=tuple((level - shift) / scale for level in (0.5, 255.5)))
@@ -158,9 +161,14 @@ def log(path, row):
         raise OSError(error.errno, f"{error.strerror}; {path} cannot be written") from None
 
 
+def logged(path):
+    """The whole lines of a log, its head first; a full disk may have cut the last."""
+    return path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+
+
 def cut_log(path, columns, step):
     """What was logged after the checkpoint will be computed, and logged, again."""
-    rows = path.read_text().rpartition("\n")[0].splitlines()[1:] if path.exists() else []
+    rows = logged(path)[1:]
     kept = [row for row in rows if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= step]
     with dpm.written_whole(path) as part:
         part.write_text("\n".join([",".join(columns), *kept, ""]))
