@@ -1887,8 +1887,8 @@ class Contrast:
     training. It makes the errors of the model, only larger; so we step away from it (Karras et al.
     2024, arXiv 2406.02507). p(x_0) has a bound and no value, so each step is multiplied, not x_0:
     at the DECISIVE levels p(x_{t-1} | x_t) becomes p^(1 + w) / p_weak^w, normalised, p_weak with
-    the variance of p. The samples vary less; of which distribution they are, nobody knows.
-    InputError unless w is finite and 0 or more."""
+    the variance of p. The samples vary less; of which distribution they are, nobody knows; above
+    w = 3 some of them go astray. InputError unless w is finite and 0 or more."""
 
     def __init__(self, weak, w):
         if not 0 <= w < math.inf:
