@@ -1196,22 +1196,28 @@ def initial_weights(layers, xp, dtype, seed):
     return xp.asarray(flat)
 
 
-def orthogonal(m, xp=np):
-    """U V' of a matrix m = U S V', nearly: five steps of Newton and Schulz bring its singular
-    values to 0.7..1.2, but for those below |m| / 500, and need only products (Jordan et al. 2024).
-    With |m| the root of the sum of squares,
+def orthogonal(matrices, xp=np):
+    """U V' of each of the matrices m = U S V', nearly: five steps of Newton and Schulz bring its
+    singular values to 0.7..1.2, but for those below |m| / 500, and need only products (Jordan et
+    al. 2024). With |m| the root of the sum of squares,
 
         m <- m / |m|, and five times m <- m P, P = 3.4445 - 4.7750 A + 2.0315 A^2, A = m'm
-    """
-    if len(m) < m.shape[1]:
-        return orthogonal(m.T, xp).T
-    m = m / (xp.sqrt((m * m).sum()) + 1e-15)  # 1e-15: squares below 1e-45 are 0 in float32
-    A, one = m.T @ m, xp.eye(m.shape[1], dtype=m.dtype)
-    product = one
-    for _ in range(5):  # on the small A alone: m, with its many rows, is multiplied once
-        P = 3.4445 * one - 4.7750 * A + 2.0315 * (A @ A)
-        product, A = product @ P, P @ A @ P
-    return m @ product
+
+    The A of one size are a stack (number, n, n): to a GPU many small products cost no more than
+    one."""
+    tall = [m if len(m) >= m.shape[1] else m.T for m in matrices]
+    found = list(tall)
+    for n in sorted({m.shape[1] for m in tall}):
+        chosen = [i for i, m in enumerate(tall) if m.shape[1] == n]
+        A, one = xp.stack([tall[i].T @ tall[i] for i in chosen]), xp.eye(n, dtype=tall[0].dtype)
+        square = xp.trace(A, axis1=1, axis2=2)[:, None, None] + 1e-30  # |m|^2; m may be zero
+        A, product = A / square, one / xp.sqrt(square)
+        for _ in range(5):  # on the small A alone: m, with its many rows, is multiplied once
+            P = 3.4445 * one - 4.7750 * A + 2.0315 * (A @ A)
+            product, A = product @ P, P @ A @ P
+        for i, p in zip(chosen, product):
+            found[i] = tall[i] @ p if tall[i] is matrices[i] else (tall[i] @ p).T
+    return found
 
 
 class Optimiser:
@@ -1229,7 +1235,7 @@ class Optimiser:
     cosine over the second half of `steps`. average is the mean of theta over about the last tenth
     of the steps, at most 1000. theta is updated in place.
 
-    A step is `momentum`, `turn` of every matrix, in any order, and `move`: see DPM.step."""
+    A step is `momentum`, `turn` of all matrices, in any shares, and `move`: see DPM.step."""
 
     b1, b2, clip = 0.95, 0.99, 1.0
 
@@ -1266,10 +1272,11 @@ class Optimiser:
             n[...] = m + (1 - self.b1) * (g - m)
         return norm
 
-    def turn(self, i):
-        """Makes the move of matrix i."""
-        n, turned = self.matrices[i]
-        turned[...] = 0.2 * math.sqrt(max(n.shape)) * orthogonal(n, self.xp)
+    def turn(self, share):
+        """Makes the moves of the matrices in a slice of all."""
+        chosen = self.matrices[share]
+        for (n, turned), move in zip(chosen, orthogonal([n for n, _ in chosen], self.xp)):
+            turned[...] = 0.2 * math.sqrt(max(n.shape)) * move
 
     def move(self, turned):
         """Ends a step. turned: the moves of all matrices, as turn makes them."""
@@ -1612,13 +1619,12 @@ class DPM:
 
     def step(self, optimiser):
         """One step against self.grad; returns its norm. Shares take the matrices in turn."""
-        norm, number = optimiser.momentum(self.grad), len(optimiser.matrices)
+        norm = optimiser.momentum(self.grad)
 
         def work(tape, share, cuts):
-            for i in range(number)[share]:
-                optimiser.turn(i)
+            optimiser.turn(share)
 
-        self.deal(work, number, all_ranks=True)
+        self.deal(work, len(optimiser.matrices), all_ranks=True)
         optimiser.move(self.comm.sum(optimiser.turned))
         self.follow_schedule()
         return norm
