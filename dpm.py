@@ -1296,9 +1296,9 @@ class Optimiser:
 # t, so that one t for each example estimates it and its gradient.
 
 def objective(kind, q):
-    """What training descends, as tables over t (T + 1,): frequency, t is drawn in proportion to it;
-    weight, of the loss of a drawn t; v_weight, of (v - v*)^2 in this loss, or None: it is the KL.
-    All kinds are one squared error, so they have the same minimiser, with a weight of
+    """What training descends, as tables over t (T + 1,): frequency, t is drawn in proportion to it,
+    on the host; weight, of the loss of a drawn t; v_weight, of (v - v*)^2 in this loss, or None: it
+    is the KL. All kinds are one squared error, so they have the same minimiser, with a weight of
 
     K        1/2 c_t / (1 + c_t u), and the terms in u: eq. 14
     focused  K's, times 1 + 8 exp(-(level_t + 1)^2 / 25), by which t is drawn as well, and
@@ -1329,7 +1329,7 @@ def objective(kind, q):
                          "simple or mean")
     if q.discretised:  # the decoder's gradient is the noisiest: a twentieth of the draws
         frequency[1], weight[1] = 0.05 * frequency.sum(), 1.0
-    return frequency, weight, v_weight
+    return to_host(frequency), weight, v_weight
 
 
 def stratified(number, frequency, u):
@@ -1587,7 +1587,6 @@ class DPM:
         (n,), nats, whose mean estimates the sum of the KLs whatever the objective is."""
         xp, q, (n, D) = self.xp, self.diffusion, x0.shape
         frequency, weight, v_weight = tables or objective("K", q)
-        frequency = to_host(frequency)
         t = stratified(n, frequency, generator(np, "times", *key).random())
         chance, t = xp.asarray(frequency[t] / frequency.sum()), xp.asarray(t)
         factor, loss, xt = weight[t] / (n * D * chance), xp.zeros(n), xp.empty(x0.shape)
