@@ -1206,7 +1206,7 @@ def orthogonal(matrices, xp=np):
     The A of one size are a stack (number, n, n): to a GPU many small products cost no more than
     one."""
     tall = [m if len(m) >= m.shape[1] else m.T for m in matrices]
-    found = list(tall)
+    found = [None] * len(tall)
     for n in sorted({m.shape[1] for m in tall}):
         chosen = [i for i, m in enumerate(tall) if m.shape[1] == n]
         A, one = xp.stack([tall[i].T @ tall[i] for i in chosen]), xp.eye(n, dtype=tall[0].dtype)
@@ -1216,8 +1216,8 @@ def orthogonal(matrices, xp=np):
             P = 3.4445 * one - 4.7750 * A + 2.0315 * (A @ A)
             product, A = product @ P, P @ A @ P
         for i, p in zip(chosen, product):
-            found[i] = tall[i] @ p if tall[i] is matrices[i] else (tall[i] @ p).T
-    return found
+            found[i] = tall[i] @ p
+    return [a if a.shape == m.shape else a.T for a, m in zip(found, matrices)]
 
 
 class Optimiser:

@@ -77,12 +77,12 @@ def evaluate(path, xp, chains=(), parzen=False, comm=None):
                        K_star_bits_se=math.hypot(result["K_bits_se"],
                                                  truth["K_star_minus_K_bits_se"]))
     if image:
-        result |= sample_measure(model, dataset, runs.fewer_steps(model, 50))
+        result |= sample_measure(model.shortened(runs.fewer_steps(model, 50)), dataset)
     for short in shorter:
         row = dict(steps=short.T, K_bits=bound(short, some, f"bound, {short.T} steps")["K"] / LN2)
         if image:
             row |= dict(bits_per_dim=bits_per_dim(row["K_bits"], model)) if dataset.bytes else {}
-            row |= sample_measure(short, dataset, short.T)
+            row |= sample_measure(short, dataset)
         result.setdefault("chains", []).append(row)
     if parzen:
         result |= parzen_estimate(model, dataset)
@@ -162,15 +162,15 @@ def bits_of_bytes(model, bytes_, bound):
                 discretised_bits_per_dim_se=found["K_se"] / LN2 / model.D)
 
 
-def sample_measure(model, dataset, steps):
+def sample_measure(model, dataset):
     """How far samples are from training images, and as many test images, see distances; nothing
     where fewer than 40 are held out."""
     test = dataset.held_out(MEASURED)
     if len(test) < 40:
         return {}
-    samples = model.sample(len(test), 1, steps, progress=runs.progress(f"{len(test)} samples"))
+    samples = model.sample(len(test), 1, progress=runs.progress(f"{len(test)} samples"))
     runs.finite(samples, "samples")
-    return distances(dataset, samples, test) | dict(frechet_steps=steps)
+    return distances(dataset, samples, test) | dict(frechet_steps=model.T)
 
 
 def distances(dataset, samples, test):
