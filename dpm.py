@@ -684,8 +684,7 @@ def flatten(x):
 
 
 def over_pixels(x, xp):
-    """The sum (n, C) of x (n, H, W, C) over the pixels. This product takes a CPU a tenth of the
-    time of x.sum((1, 2))."""
+    """x.sum((1, 2)) of x (n, H, W, C), as a product, which takes a CPU a tenth of the time."""
     n, H, W, C = x.shape
     return (xp.ones((1, H * W), x.dtype) @ x.reshape(n, H * W, C))[:, 0]
 
@@ -1012,18 +1011,16 @@ class Epsilon(Velocity):
     deps = dv / cos     dx = -tan dv     dphi = (tan v - x) dv     dlevel = 1/2 sin cos dphi"""
 
     def forward(self, h, x, tape):
-        cos, sin = angle(tape)
-        z = super().forward(h, x, tape)
-        z[..., ::2] = (h[..., ::2] - sin * x) / cos
-        tape.saved.append(x)
-        return z
+        (cos, sin), h = angle(tape), h.copy()
+        v = (h[..., ::2] - sin * x) / cos
+        h[..., ::2] = v
+        tape.saved.append((x, v))
+        return super().forward(h, x, tape)
 
     def backward(self, dz, tape):
-        (cos, sin), x = angle(tape), tape.saved.pop()
-        z = tape.saved[-1]  # as Velocity's backward will find it
-        dv, v = dz[..., ::2], z[..., ::2]
-        tape.dlevel += 0.5 * (sin * cos * (sin / cos * v - x) * dv).sum((1, 2, 3))
         dh, _ = super().backward(dz, tape)
+        (cos, sin), (x, v), dv = angle(tape), tape.saved.pop(), dz[..., ::2]
+        tape.dlevel += 0.5 * (sin * cos * (sin / cos * v - x) * dv).sum((1, 2, 3))
         dh[..., ::2] /= cos
         return dh, -sin / cos * dv
 
@@ -1135,16 +1132,15 @@ def unet(channels, readout, outputs, widths=(24, 48, 96), head=64, scales=(), ed
         return Residual(Rectifier(), Conv3x3(width, width), Time(time, width),
                         Rectifier(), Conv3x3(width, width, gain=0))
 
-    def grid(level=0):
-        width, *deeper = widths[level:]
+    def grid(width, *deeper):
         if not deeper:
             return [block(width), block(width)]
-        inner = Cells(Dense(4 * width, deeper[0]), *grid(level + 1),
+        inner = Cells(Dense(4 * width, deeper[0]), *grid(*deeper),
                       Dense(deeper[0], 4 * width, gain=0))
         return [block(width), Residual(inner), block(width)]
 
     told, inputs = features(channels, scales, edges)
-    context = Sequential(Conv3x3(inputs, widths[0]), Time(time, widths[0]), *grid())
+    context = Sequential(Conv3x3(inputs, widths[0]), Time(time, widths[0]), *grid(*widths))
     body = Sequential(told, Beside(context, Identity()),
                       Dense(widths[0] + inputs, head), Time(time, head), Rectifier(),
                       Residual(Dense(head, head), Time(time, head), Rectifier()),
@@ -1203,8 +1199,7 @@ def orthogonal(matrices, xp=np):
 
         m <- m / |m|, and five times m <- m P, P = 3.4445 - 4.7750 A + 2.0315 A^2, A = m'm
 
-    The A of one size are a stack (number, n, n): to a GPU many small products cost no more than
-    one."""
+    The A of one size are a stack (number, n, n): many small products cost a GPU as much as one."""
     tall = [m if len(m) >= m.shape[1] else m.T for m in matrices]
     found = [None] * len(tall)
     for n in sorted({m.shape[1] for m in tall}):
@@ -1589,18 +1584,18 @@ class DPM:
         frequency, weight, v_weight = tables or objective("K", q)
         t = stratified(n, frequency, generator(np, "times", *key).random())
         chance, t = xp.asarray(frequency[t] / frequency.sum()), xp.asarray(t)
-        factor, loss, xt = weight[t] / (n * D * chance), xp.zeros(n), xp.empty(x0.shape)
+        factor, loss = weight[t] / (n * D * chance), xp.zeros(n)
 
         def work(tape, share, cuts):
             rng = generator(xp, "noise", *key, share.start)
-            noise = q.distribution.noise(x0[share].shape, rng, self.dtype)
-            xt[share] = q.q_jump(x0[share], t[share]).draw(noise)
             for i in cuts:
-                z = self.forward_here(xt[i], t[i], tape)
-                loss[i], dz = self._loss(x0[i], xt[i], t[i], z, v_weight)
+                noise = q.distribution.noise(x0[i].shape, rng, self.dtype)
+                xt = q.q_jump(x0[i], t[i]).draw(noise)
+                z = self.forward_here(xt, t[i], tape)
+                loss[i], dz = self._loss(x0[i], xt, t[i], z, v_weight)
                 dx = self.backward_here(dz * factor[i, None, None], tape)
                 if self.learned:
-                    dlevel = self.learned.dlevel(q, x0[i], xt[i], t[i], z, dx, tape, factor[i], n)
+                    dlevel = self.learned.dlevel(q, x0[i], xt, t[i], z, dx, tape, factor[i], n)
                     psi = self.weights[self.learned]["psi"]
                     tape.dtheta[self.learned]["psi"] += self.learned.backward(psi, dlevel)
 
@@ -1619,11 +1614,8 @@ class DPM:
     def step(self, optimiser):
         """One step against self.grad; returns its norm. Shares take the matrices in turn."""
         norm = optimiser.momentum(self.grad)
-
-        def work(tape, share, cuts):
-            optimiser.turn(share)
-
-        self.deal(work, len(optimiser.matrices), all_ranks=True)
+        self.deal(lambda tape, share, cuts: optimiser.turn(share), len(optimiser.matrices),
+                  all_ranks=True)
         optimiser.move(self.comm.sum(optimiser.turned))
         self.follow_schedule()
         return norm
@@ -1656,7 +1648,7 @@ class DPM:
                     kept[t] = x
                 x = model.p_back(x, t, eta).draw(model.noise(rngs))
                 tick()
-            return x, kept
+            return kept | {0: x}
 
         return model.chains(draw_batch, number, seed, batch, keep, progress, first)
 
@@ -1667,21 +1659,19 @@ class DPM:
 
     def chains(self, draw_batch, number, seed, batch, keep, progress, first=0):
         """All samples, `batch` at a time, dealt out to the ranks. draw_batch(rngs, rows, tick)
-        gives x_0 of the samples in the slice rows, and {t: x_t}; rngs are their generators, one
-        each, and it calls tick() at every t."""
+        gives {t: x_t} of the samples in the slice rows, for t = 0 and those in keep; rngs are their
+        generators, one each, and it calls tick() at every t."""
         starts = list(range(0, number, batch))[self.comm.rank::self.comm.size]
-        samples = np.zeros((number, self.D))
-        kept = {t: np.zeros((number, self.D)) for t in keep}
+        kept = {t: np.zeros((number, self.D)) for t in (0, *keep)}
         ticks = iter(progress(range(self.T * len(starts))))
         for start in starts:
             rows = slice(start, min(start + batch, number))
             rngs = [generator(np, "sample", seed, first + k) for k in range(start, rows.stop)]
-            x, past = draw_batch(rngs, rows, lambda: next(ticks))
-            samples[rows] = to_host(x)
-            for t in keep:
-                kept[t][rows] = to_host(past[t])
+            for t, x in draw_batch(rngs, rows, lambda: next(ticks)).items():
+                kept[t][rows] = to_host(x)
         next(ticks, None)  # lets a progress bar close
-        samples, kept = self.comm.sum(samples), {t: self.comm.sum(x) for t, x in kept.items()}
+        kept = {t: self.comm.sum(x) for t, x in kept.items()}
+        samples = kept.pop(0)
         return (samples, kept) if keep else samples
 
 
@@ -1867,8 +1857,8 @@ class Function:
 
     @staticmethod
     def _checked(value, shape, what):
-        if getattr(value, "shape", None) != shape:
-            found = getattr(value, "shape", type(value).__name__)
+        found = getattr(value, "shape", type(value).__name__)
+        if found != shape:
             raise InputError(f"{what} of your r returns {found} where an array of shape {shape} "
                              "is needed")
         if not bool((value * 0 == 0).all()):
@@ -2063,7 +2053,7 @@ class Posterior:
         return x, log_Z - (log_r + (0.0 if g is None else (g * x).sum(1)))
 
     def _draw_batch(self, rngs, tick, keep):
-        """x_0 and {t: x_t} of a batch, see DPM.chains; every sample is `particles` rows."""
+        """{t: x_t} of a batch, see DPM.chains; every sample is `particles` rows."""
         model, xp, n, N = self.model, self.model.xp, len(rngs), self.particles
         past, log_w = {}, np.zeros((n, N))
 
@@ -2094,10 +2084,11 @@ class Posterior:
                 x, log_p = self._draw(p, t - 1, g, rngs)
                 log_p = log_p - log_r
             tick()
+        past[0] = x
         if N > 1:
             rows = choose(log_p + self._log_r(x, 0), last=True)
-            x, past = x[rows], {s: a[rows] for s, a in past.items()}
-        return x, past
+            past = {s: a[rows] for s, a in past.items()}
+        return past
 
 
 def resampled(log_w, rngs, last=False):
