@@ -717,12 +717,11 @@ class Dense(Layer):
 
 class Conv3x3(Layer):
     """y_i = sum_k x_{i+k} W_k: for every pixel i a sum over the nine pixels i + k around it, which
-    are zero beyond the border.
+    are zero beyond the border. Pixel i is the (8-k)-th neighbour of its own k-th neighbour, so that
 
-    dW_k = sum_i x_{i+k}^T dy_i        dx_i = sum_k dy_{i+k} W_{8-k}^T
+    dx_i = sum_k dy_{i+k} W_{8-k}^T        dW_{8-k}^T = sum_i dy_{i+k}^T x_i
 
-    since pixel i is the (8-k)-th neighbour of its own k-th neighbour. With the nine pixels side by
-    side (im2col) each of the three is one matrix product."""
+    With the nine pixels side by side (im2col) each of the three is one matrix product."""
 
     def __init__(self, inputs, outputs, gain=1.0):
         self.shapes, self.gain = dict(W=(9 * inputs, outputs)), gain
@@ -738,22 +737,27 @@ class Conv3x3(Layer):
         for i in pieces(n, H * W, 1600, xp):
             yield i, around[i].reshape(-1, 9 * C)
 
-    def _convolve(self, x, W, tape):
+    @staticmethod
+    def _turned(W):
+        """The W_{8-k}^T under each other, (9 outputs, inputs); of these, W again."""
+        return W.reshape(9, -1, W.shape[1])[::-1].transpose(0, 2, 1).reshape(-1, len(W) // 9)
+
+    def forward(self, x, tape):
+        tape.saved.append(x)  # not the nine: a ninth of the memory
+        W = tape.theta[self]["W"]
         y = tape.xp.empty((*x.shape[:3], W.shape[1]), x.dtype)
         for i, nine in self._nine(x, tape.xp):
             y[i] = tape.product(nine, W).reshape(y[i].shape)
         return y
 
-    def forward(self, x, tape):
-        tape.saved.append(x)  # not the nine: a ninth of the memory
-        return self._convolve(x, tape.theta[self]["W"], tape)
-
     def backward(self, dy, tape):
-        x, W, dW = tape.saved.pop(), tape.theta[self]["W"], tape.dtheta[self]["W"]
-        for i, nine in self._nine(x, tape.xp):
-            dW += tape.product(nine.T, flatten(dy[i]))
-        turned = W.reshape(9, -1, dy.shape[-1])[::-1].transpose(0, 2, 1)
-        return self._convolve(dy, turned.reshape(-1, x.shape[-1]), tape)
+        x, turned = tape.saved.pop(), self._turned(tape.theta[self]["W"])
+        dx, dturned = tape.xp.empty_like(x), tape.xp.zeros_like(turned)
+        for i, nine in self._nine(dy, tape.xp):
+            dx[i] = tape.product(nine, turned).reshape(dx[i].shape)
+            dturned += tape.product(nine.T, flatten(x[i]))
+        tape.dtheta[self]["W"] += self._turned(dturned)
+        return dx
 
 
 class Time(Layer):
