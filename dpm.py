@@ -656,14 +656,21 @@ class Binomial(Diffusion):
 class Tape:
     """What one thread carries through a forward and its backward.
 
-    theta, dtheta   {layer: {name: array}}: the weights, and their gradients, to which backward adds
+    theta, dtheta   {layer: {name: array}}: the weights, and their gradients, to which backward adds;
+                    dtheta is None for a forward without a backward, and nothing is saved
     level, s        (n,), what is told of each example's t, see Diffusion; dlevel, ds: gradients
     e, de           (n, 1, 1, time), what the network makes of level for all its layers, see Network
     saved           a stack: what forward leaves for backward
     flop            floating-point operations in matrix products so far, for the benchmark"""
 
-    def __init__(self, xp, theta, dtheta):
+    def __init__(self, xp, theta, dtheta=None):
         self.xp, self.theta, self.dtheta, self.saved, self.flop = xp, theta, dtheta, [], 0
+
+    def save(self, a):
+        """Leaves a for backward. Without one a is free at once, and its memory is in the cache for
+        the next layer: that saves a fifth of the time."""
+        if self.dtheta is not None:
+            self.saved.append(a)
 
     def product(self, a, b):
         self.flop += 2 * a.size * b.shape[-1]
@@ -703,7 +710,7 @@ class Dense(Layer):
         self.shapes, self.gain = dict(W=(inputs, outputs), b=(outputs,)), gain
 
     def forward(self, x, tape):
-        tape.saved.append(x)
+        tape.save(x)
         y = tape.product(flatten(x), tape.theta[self]["W"])
         y += tape.theta[self]["b"]
         return y.reshape(*x.shape[:-1], -1)
@@ -743,7 +750,7 @@ class Conv3x3(Layer):
         return W.reshape(9, -1, W.shape[1])[::-1].transpose(0, 2, 1).reshape(-1, len(W) // 9)
 
     def forward(self, x, tape):
-        tape.saved.append(x)  # not the nine: a ninth of the memory
+        tape.save(x)  # not the nine: a ninth of the memory
         W = tape.theta[self]["W"]
         y = tape.xp.empty((*x.shape[:3], W.shape[1]), x.dtype)
         for i, nine in self._nine(x, tape.xp):
@@ -783,7 +790,7 @@ class Rectifier(Layer):
     def forward(self, x, tape):
         r = tape.xp.sqrt(x * x + 1)
         y = 0.5 * (x + r)
-        tape.saved.append((y, r))
+        tape.save((y, r))
         return y
 
     def backward(self, dy, tape):
@@ -829,7 +836,7 @@ class Beside(Sequential):
 
     def forward(self, x, tape):
         ys = [layer.forward(x, tape) for layer in self.layers]
-        tape.saved.append(np.cumsum([y.shape[-1] for y in ys])[:-1].tolist())
+        tape.save(np.cumsum([y.shape[-1] for y in ys])[:-1].tolist())
         return tape.xp.concatenate(ys, -1)
 
     def backward(self, dy, tape):
@@ -913,8 +920,9 @@ class Waves(Layer):
 
     def forward(self, x, tape):
         z = tape.xp.concatenate([x * rate for rate in self.rates], -1)
-        tape.saved.append((tape.xp.sin(z), tape.xp.cos(z)))
-        return tape.xp.concatenate(tape.saved[-1], -1)
+        waves = tape.xp.sin(z), tape.xp.cos(z)
+        tape.save(waves)
+        return tape.xp.concatenate(waves, -1)
 
     def backward(self, dy, tape):
         (sin, cos), (dsin, dcos) = tape.saved.pop(), tape.xp.split(dy, 2, -1)
@@ -941,7 +949,7 @@ class Edges(Layer):
         cos, sin = angle(tape)
         z = tape.xp.concatenate([(x - cos * c) / sin for c in self.edges], -1)
         y = tape.xp.concatenate([z / (k + abs(z)) for k in (1, 4)], -1)
-        tape.saved.append((x, y))
+        tape.save((x, y))
         return y
 
     def backward(self, dy, tape):
@@ -971,7 +979,7 @@ class Bumps(Layer):
         g = tape.xp.exp(-0.5 * (a * self.width) ** 2)
         g = g / g.sum(1, keepdims=True)
         x = x.reshape(*x.shape[:3], len(self.centres), -1)
-        tape.saved.append((x, g, a))
+        tape.save((x, g, a))
         return (x * g[:, None, None, :, None]).sum(3)
 
     def backward(self, dy, tape):
@@ -1000,7 +1008,7 @@ class Velocity:
     def forward(self, h, x, tape):
         z = h.copy()
         z[..., 1::2] = tape.xp.exp(tape.xp.minimum(h[..., 1::2], 20))  # 20: finite, if untrained
-        tape.saved.append(z)
+        tape.save(z)
         return z
 
     def backward(self, dz, tape):
@@ -1018,7 +1026,7 @@ class Epsilon(Velocity):
         (cos, sin), h = angle(tape), h.copy()
         v = (h[..., ::2] - sin * x) / cos
         h[..., ::2] = v
-        tape.saved.append((x, v))
+        tape.save((x, v))
         return super().forward(h, x, tape)
 
     def backward(self, dz, tape):
@@ -1045,7 +1053,7 @@ class PaperKernel:
         A = 1 - sin ** 2 * xp.exp(-s)
         beta, e_h, k = 1 - cos ** 2 / A, xp.exp(-h[..., 1::2]), sin / xp.sqrt(A)
         rho = 1 / (beta + (1 - beta) * e_h)
-        tape.saved.append((h, x, cos, sin, s, A, beta, e_h, k, rho))
+        tape.save((h, x, cos, sin, s, A, beta, e_h, k, rho))
         z = xp.empty_like(h)
         z[..., ::2] = k * (rho * (x - h[..., ::2]) - x / (1 + xp.sqrt(1 - beta)))
         z[..., 1::2] = (rho * xp.exp(s) - 1) / xp.expm1(s)
@@ -1486,6 +1494,7 @@ class DPM:
         z = self.xp.empty((*x.shape, self.diffusion.outputs))
 
         def work(tape, share, cuts):
+            tape = Tape(self.xp, self.weights)  # no backward follows
             for i in cuts:
                 z[i] = self.forward_here(x[i], t[i], tape)
 
