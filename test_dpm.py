@@ -599,6 +599,8 @@ def hold_to_quotients(network, shape):
     loss()
     dx = network.backward(dy, tape)  # gradients of weights are added to, those of x are not
     assert all((a == b).all() for a, b in zip((x, y, dy), kept)) and not tape.saved
+    alone = dpm.Tape(np, W)  # a forward without a backward
+    assert (network.forward(x, level, s, alone) == y).all() and not alone.saved
     pairs = [(W[l][name], dW[l][name] / 2) for l in layers for name in l.shapes]
     for a, da in [*pairs, (x, dx), (level, tape.dlevel), (s, tape.ds)]:
         d = steep(da, 12)
@@ -1602,6 +1604,13 @@ def test_a_chain_that_begins_at_noisy_data(sigma):
     close(*(model.sample(5, x_T=apart, batch=batch) for batch in (2, 5)))  # each from its own
     close(x.mean(0), K @ y[0], atol=5 / math.sqrt(len(x)))
     close(np.cov(x.T), S - K @ S, atol=0.002 + 5 * math.sqrt(2 / len(x)) * (S - K @ S)[0, 0])
+
+
+@pytest.mark.parametrize("kind", ["logsnr", "paper", "linear", "cosine"])
+def test_a_chain_until_one_of_its_times_is_its_beginning(kind):
+    q = dpm.Gaussian(dpm.schedule(kind, 60, 1e-3))
+    for t in (2, 17, 59):
+        close(q.until(float(q.sin[t] / q.cos[t])).alpha_bar, q.alpha_bar[:t + 1])
 
 
 @pytest.mark.parametrize("schedule", ["constant", "annealed"])
@@ -2884,7 +2893,7 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
             ("--steps must be", "--resume", digits, "--steps", 0),
             ("damaged", "--resume", "torn"), ("damaged", "--resume", "flat"),
             ("holds another run", "--out", digits), ("--out", "--out", ""),
-            ("text.npz", "--out", "text.npz/run"),
+            ("in the way", "--out", "text.npz/run"),
             *[("damaged", "--evaluate", f"{name}.npz") for name in
               ("nan", "scale", "short", "rises", "config", "rounded", "unsaid")],
             *[("--gpu:", "--gpu")] * (dpm.backend() is np)]:
@@ -2930,7 +2939,7 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
             ("not allowed with", *known, "--inpaint", "--denoise", 1),
             ("--out", *known, "--out", ""), ("give a name", *known, "--out", ".."),
             ("--checkpoint", "--checkpoint", ""),
-            ("text.npz", *known, "--number", 1, "--out", "text.npz/a")]:
+            ("in the way", *known, "--number", 1, "--out", "text.npz/a")]:
         refuses(says, *flags, script="sample", cwd=tmp_path)
     assert sorted(tmp_path.rglob("*")) == files
 

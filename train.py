@@ -345,6 +345,8 @@ def main():
         dataset.to(model.xp)
         if optimiser.step < model.about["steps"]:
             train(model, optimiser, dataset, out)
+        elif leads:
+            print(f"all {optimiser.step} steps are made already")
         if not args.no_evaluate:
             evaluation.evaluate(out, xp, comm=comm)
     if leads:

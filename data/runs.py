@@ -128,13 +128,20 @@ def decoder(shift, scale):
 def device_name(xp):
     if xp is not np:
         return xp.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    return f"{platform.machine()} CPU, {dpm.CORES} cores"
+    return f"{platform.machine()} CPU, {dpm.CORES} core{'s' * (dpm.CORES > 1)}"
+
+
+def make_directory(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise dpm.InputError(f"{path}: a file of this name is in the way; give another") from None
 
 
 def writable(path):
     """OSError now, and not after the computing, if there is no room for a megabyte."""
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     with contextlib.suppress(LookupError), dpm.written_whole(path) as part:
         part.write_bytes(bytes(1 << 20))
         raise LookupError("enough: nothing is put in its place")
@@ -177,7 +184,7 @@ def cut_log(path, columns, step):
 @contextlib.contextmanager
 def locked(out):
     """Keeps a second process out of a run's directory. The lock ends with the process."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     with open(out / ".lock", "w") as file:
         with contextlib.suppress(ImportError):  # not on Windows
             import fcntl
