@@ -98,7 +98,8 @@ def backend(gpu=None):
 
 def generator(xp, purpose, *key):
     """A random generator that depends only on the word `purpose` and the integers `key`. So a run
-    can go on from any step without saved state, and draws for two purposes are unrelated."""
+    can go on from any step without saved state, and draws for two purposes are unrelated.
+    Different kinds of GPU may draw different numbers."""
     key = (zlib.crc32(purpose.encode()), *key)
     if xp is np:
         return np.random.default_rng(key)
@@ -737,10 +738,12 @@ class Conv3x3(Layer):
     def _nine(x, xp):
         """The nine pixels around every pixel, (pixels, 9 C), for a few examples at a time: which
         they are, and their array. All at once they would not fit the cache."""
-        (n, H, W, C), view = x.shape, xp.lib.stride_tricks.sliding_window_view
+        n, H, W, C = x.shape
         padded = xp.zeros((n, H + 2, W + 2, C), x.dtype)
         padded[:, 1:-1, 1:-1] = x
-        around = view(padded, (3, 3), (1, 2)).transpose(0, 1, 2, 4, 5, 3)
+        example, row, column, channel = padded.strides  # around is a view, and not yet a copy
+        around = xp.lib.stride_tricks.as_strided(
+            padded, (n, H, W, 3, 3, C), (example, row, column, row, column, channel))
         for i in pieces(n, H * W, 1600, xp):
             yield i, around[i].reshape(-1, 9 * C)
 
