@@ -1330,6 +1330,30 @@ def test_frechet():
     assert evaluation.frechet(*evaluation.in_components(x, x[::-1])) == approx(0, abs=1e-9)
 
 
+def test_parzen_estimate():
+    """Gaussians around the bytes of samples, of the width that suits held-out training images best;
+    the log density of test images, in bits of pixels in [0, 1]."""
+    bytes_ = lambda seed, n: rng(seed).normal(100, 40, (n, 4)).clip(0, 255).astype(np.uint8)
+    model, samples = small_model(shape=(2, 2, 1)), bytes_(93, 30)
+    dataset = types.SimpleNamespace(test=bytes_(95, 50), train=np.concatenate([
+        np.resize(samples, (1000, 4)), bytes_(94, 1000)]))  # the last 1,000 are held out
+    model.shift, model.scale, model.about = 7.0, 31.0, dict(binary=False, bytes=True, predict="v")
+    model.sample = lambda *_, **__: model.normal(samples + 0.6)
+
+    def density(x, sigma):
+        square = (((x[:, None] - samples[None].astype(float)) / 255) ** 2).sum(2)
+        log_p = np.log(np.exp(-square / 2 / sigma ** 2).mean(1))
+        return (log_p - 2 * math.log(2 * math.pi * sigma ** 2)) / math.log(2)
+
+    late = dataset.train[-1000:]
+    best = max(np.logspace(-1, 0, 10), key=lambda sigma: density(late, sigma).mean())
+    found = evaluation.parzen_estimate(model, dataset)
+    assert found["parzen_sigma"] == approx(best) and 0.1 < best < 1
+    assert found["parzen_bits"] == approx(density(dataset.test, best).mean())
+    se = density(dataset.test, best).std() / math.sqrt(50)
+    assert found["parzen_bits_se"] == approx(se)
+
+
 # ------------------------------------------------------------------------------------------------
 # 4. More theory
 # ------------------------------------------------------------------------------------------------
