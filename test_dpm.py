@@ -1330,6 +1330,38 @@ def test_frechet():
     assert evaluation.frechet(*evaluation.in_components(x, x[::-1])) == approx(0, abs=1e-9)
 
 
+def test_numbers_beside_the_truth():
+    """Of the ideal kernel: K* - K is 0, and log p(x_0) from S trajectories rises from K to L."""
+    heartbeat, q = data.load("heartbeat"), dpm.Binomial(dpm.schedule("cosine", 60, 0.01), rate=0.2)
+    moments = lambda x, alpha_bar: heartbeat.truth.moments(x, alpha_bar, rate=0.2)
+    model, x0 = dpm.DPM(q, dpm.IdealNetwork(moments), (1, 1, 20)), heartbeat.held_out(8)
+    found = model.bound(np.repeat(x0, 500, 0), rng(96), 20)
+    r, kl = evaluation.beside_the_truth(model, heartbeat, x0, found, lambda *_: found)
+    assert r["K_star_minus_K_bits"] == r["K_star_minus_K_bits_se"] == 0 and kl is found["kl"]
+    assert r["L_true_bits"] == r["estimate_L_bits"] == approx(-math.log2(5))
+    gaps = [r[f"L_minus_estimate_{S}_bits"] for S in (1, 10, 100, 1000)]
+    assert gaps[0] > gaps[1] > gaps[2] > gaps[3] > 0 and gaps[3] < 0.3
+    assert gaps[0] == approx(-math.log2(5) - found["K"] / math.log(2), rel=0.1)
+    close(gaps, [-math.log2(5) - r[f"estimate_{S}_bits"] for S in (1, 10, 100, 1000)])
+
+
+def test_the_report_of_posterior_samples():
+    """Its numbers by their definitions; errors count only what was missing."""
+    model, unknown = small_model(shape=(2, 2, 1)), np.array([True, False, True, False])
+    model.scale, model.about = 40.0, dict(binary=False, bytes=True)
+    truth, samples = rng(97).standard_normal((3, 4)), rng(98).standard_normal((3, 5, 4))
+    samples[:, :, ~unknown] = truth[:, None, ~unknown]
+    samples[1, 2, 3] += 0.25
+    given, args = np.where(unknown, np.nan, truth), types.SimpleNamespace(input=None)
+    told = " ".join(observations.report(model, args, truth, given, unknown, samples, None))
+    apart = np.mean([[samples[i, :, j].std() for j in (0, 2)] for i in range(3)])
+    assert f"changed by 0.25; missing ones: {apart:.3f} apart" in told
+    for name, x in (("mean of 5 samples", samples.mean(1)), ("one sample", samples[:, 0])):
+        mse = np.mean([(x[i, j] - truth[i, j]) ** 2 for i in range(3) for j in (0, 2)])
+        dB = 10 * math.log10(255 ** 2 / (mse * 40 ** 2))
+        assert f"{name} {math.sqrt(mse):.3f}, PSNR {dB:.1f} dB" in told
+
+
 def test_parzen_estimate():
     """Gaussians around the bytes of samples, of the width that suits held-out training images best;
     the log density of test images, in bits of pixels in [0, 1]."""
@@ -2787,6 +2819,7 @@ def test_the_users_own_pictures(place):
         a = drawn(place, "--input", *names, "--denoise", "0.5", run=run)
         assert set(vars(a)) == {"said", "given", "samples", "mean"} and "PSNR" not in a.said
         assert (np.floor(a.given + 1e-6) == mine.reshape(2, D)).all()      # no noise was added
+        assert (a.given % 1).std() == approx(12 ** -0.5, rel=0.2)          # but what dequantises
 
 
 @pytest.mark.parametrize("run", ["roll", "digits", "heartbeat", "colours"])
