@@ -2444,6 +2444,7 @@ def test_train_leaves_everything(place):
             -sum(r["kl_bits"]) + r["H_q_T_bits"] - r["H_q_1_bits"] - r["H_p_T_bits"])
         assert r["K_minus_L_null_bits"] == pytest.approx(r["K_bits"] - r["L_null_bits"])
         assert r["entropy_lower_bits"] < r["entropy_upper_bits"] and r["K_bits_se"] > 0
+        assert r["seconds"] > 0 and r["steps"] in (20, 60)
         log = np.genfromtxt(run / "log.csv", delimiter=",", names=True)
         assert log.dtype.names == tuple(train.COLUMNS)
         assert log["step"].tolist() == list(range(1, r["steps"] + 1)) and np.isfinite(
@@ -2467,6 +2468,18 @@ def test_train_leaves_everything(place):
         place.path / "digits.npy")
     psi = np.load(place.runs / "roll" / "checkpoint.npz")["alpha_bar"]
     assert np.abs(psi / dpm.LearnedSchedule(8, 1 - psi[1]).forward(np.zeros(8)) - 1).max() > 1e-4
+
+
+@scripts
+def test_the_objective_is_what_is_trained(tmp_path):
+    """Each weighs the steps in its own way: after three steps no two have the same weights."""
+    found = []
+    for kind in ("K", "focused", "simple", "mean"):
+        done("train", "--objective", kind, "--schedule", "linear", "--steps", 3, "--batch-size", 64,
+             *TINY, "--no-evaluate", "--out", kind, cwd=tmp_path)
+        theta = arrays_of(tmp_path / kind)["theta"]
+        assert all(np.abs(theta - other).max() > 1e-5 for other in found)
+        found.append(theta)
 
 
 @scripts
@@ -2614,6 +2627,8 @@ def test_stopped_in_the_middle_and_resumed_bit_for_bit(straight, tmp_path):
         flags = ["--resume", "run", "--no-evaluate"]
     done("train", *flags, cwd=tmp_path)
     same(run, straight)
+    seconds = np.genfromtxt(run / "log.csv", delimiter=",", names=True)["seconds"]
+    assert (np.diff(seconds) >= 0).all()            # the clock goes on as well
 
 
 @scripts
