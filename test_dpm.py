@@ -2810,6 +2810,9 @@ def test_completions_and_denoised(place, tmp_path):
     assert set(vars(a)) == {"said", "truth", "given", "samples", "mean", "nearest"}
     assert "E[x_0 | given]" in a.said and "PSNR" in a.said
     assert "mean" not in vars(drawn(place, "--denoise", 0.5, "--number", 2, run="heartbeat"))
+    a = drawn(place, "--denoise", 0.1, "--number", 3)
+    far = np.abs(a.samples[:, None] - a.given[None, :, None]).mean((2, 3))  # samples i from given j
+    assert (far.argmin(1) == range(3)).all() and far.diagonal().max() < 0.2 * scale
     for run in ("roll", "heartbeat"):
         a = drawn(place, "--inpaint", "right", "--number", 2, run=run)
         assert (a.samples[..., ~a.unknown] == a.truth[:, None, ~a.unknown]).all()
