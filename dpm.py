@@ -1638,13 +1638,14 @@ class DPM:
 
     # Samples
 
-    def sample(self, number, seed=0, steps=None, eta=1.0, batch=64, keep=(), progress=iter,
+    def sample(self, number, seed=0, steps=None, eta=1.0, batch=None, keep=(), progress=iter,
                first=0, x_T=None):
         """Samples (number, D) of p(x_0): x_T ~ pi, then x_{t-1} ~ p(x_{t-1} | x_t) for t = T..1
         (eqs. 4, 5 and 44). They are true draws, not means.
 
         steps   use this many of the T steps, see Diffusion.shortened
         eta     from 0, no noise, to 1, the model's, see Gaussian.p_back
+        batch   chains at a time; None: as many as have 2^16 numbers
         keep    times t in 1..T whose x_t are wanted too: then the result is (samples, {t: x_t})
         first   begin with sample number `first`, so that many can be drawn part by part
         x_T     (number, D) to start from, where they are not drawn from pi
@@ -1673,10 +1674,12 @@ class DPM:
         drawn = [self.diffusion.distribution.noise((rows, self.D), rng) for rng in rngs]
         return self.xp.asarray(np.concatenate(drawn))
 
-    def chains(self, draw_batch, number, seed, batch, keep, progress, first=0):
-        """All samples, `batch` at a time, dealt out to the ranks. draw_batch(rngs, rows, tick)
-        gives {t: x_t} of the samples in the slice rows, for t = 0 and those in keep; rngs are their
-        generators, one each, and it calls tick() at every t."""
+    def chains(self, draw_batch, number, seed, batch, keep, progress, first=0, particles=1):
+        """All samples, `batch` chains at a time, dealt out to the ranks; a sample is so many
+        `particles`, chains of its own. draw_batch(rngs, rows, tick) gives {t: x_t} of the samples
+        in the slice rows, for t = 0 and those in keep; rngs are their generators, one each, and it
+        calls tick() at every t."""
+        batch = max(1, (batch or 2 ** 16 // self.D) // particles)
         starts = list(range(0, number, batch))[self.comm.rank::self.comm.size]
         kept = {t: np.zeros((number, self.D)) for t in (0, *keep)}
         ticks = iter(progress(range(self.T * len(starts))))
@@ -1997,7 +2000,7 @@ class Posterior:
         p, p_x0 = q.p_back(x, t_x, z), q.x0_for_r(x, t_x, z)
         return p, log_r, q.guided(p, t_x, g, p_x0, self.given(p_x0)[0])
 
-    def sample(self, number, seed=0, steps=None, batch=64, keep=(), progress=iter, first=0):
+    def sample(self, number, seed=0, steps=None, batch=None, keep=(), progress=iter, first=0):
         """Samples (number, D); the arguments are those of DPM.sample. The y of an Observation is
         (D,) or (number, D), and no two know the same coordinate; else InputError."""
         chosen = copy.copy(self)
@@ -2014,8 +2017,7 @@ class Posterior:
         def draw_batch(rngs, rows, tick):
             return chosen.rows(rows, self.particles)._draw_batch(rngs, tick, keep)
 
-        batch = max(1, batch // self.particles)
-        return model.chains(draw_batch, number, seed, batch, keep, progress, first)
+        return model.chains(draw_batch, number, seed, batch, keep, progress, first, self.particles)
 
     def _step(self, x, t):
         """The model's p(x_{t-1} | x_t = x), t >= 1; log r_t(x) (n,); and the g to tilt p by, or
