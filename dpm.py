@@ -657,8 +657,8 @@ class Binomial(Diffusion):
 class Tape:
     """What one thread carries through a forward and its backward.
 
-    theta, dtheta   {layer: {name: array}}: the weights, and their gradients, to which backward adds;
-                    dtheta is None for a forward without a backward, and nothing is saved
+    theta, dtheta   {layer: {name: array}}: the weights, and their gradients, to which backward
+                    adds. dtheta is None for a forward alone, and then nothing is saved
     level, s        (n,), what is told of each example's t, see Diffusion; dlevel, ds: gradients
     e, de           (n, 1, 1, time), what the network makes of level for all its layers, see Network
     saved           a stack: what forward leaves for backward
