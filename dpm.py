@@ -1645,7 +1645,7 @@ class DPM:
 
         steps   use this many of the T steps, see Diffusion.shortened
         eta     from 0, no noise, to 1, the model's, see Gaussian.p_back
-        batch   chains at a time; None: as many as have 2^16 numbers
+        batch   chains at a time; None: as many as have 2^16 numbers, on a GPU 2^20
         keep    times t in 1..T whose x_t are wanted too: then the result is (samples, {t: x_t})
         first   begin with sample number `first`, so that many can be drawn part by part
         x_T     (number, D) to start from, where they are not drawn from pi
@@ -1679,7 +1679,8 @@ class DPM:
         `particles`, chains of its own. draw_batch(rngs, rows, tick) gives {t: x_t} of the samples
         in the slice rows, for t = 0 and those in keep; rngs are their generators, one each, and it
         calls tick() at every t."""
-        batch = max(1, (batch or 2 ** 16 // self.D) // particles)
+        usual = max(self.threads, (2 ** 16 if self.xp is np else 2 ** 20) // self.D)
+        batch = max(1, (batch or usual) // particles)
         starts = list(range(0, number, batch))[self.comm.rank::self.comm.size]
         kept = {t: np.zeros((number, self.D)) for t in (0, *keep)}
         ticks = iter(progress(range(self.T * len(starts))))

@@ -6,8 +6,6 @@ import os
 import pathlib
 import shutil
 
-import numpy as np
-
 from data import evaluation, figures, runs
 
 SHIPPED = pathlib.Path(__file__).parent / "mnist" / "model.npz"
@@ -87,9 +85,7 @@ def shortened(model, args):
 def sampler(model, args, r, x_T):
     """A function that draws n samples: posterior where there is an r, a list, or else free, from
     x_T where that is given."""
-    batch = (2 ** 16 if model.xp is np else 2 ** 20) // model.D
-    options = dict(seed=args.seed, batch=max(model.threads, min(1024, batch)),
-                   progress=lambda ticks: runs.bar(ticks, "reverse steps"))
+    options = dict(seed=args.seed, progress=lambda ticks: runs.bar(ticks, "reverse steps"))
     if not r:
         return lambda n, **more: model.sample(
             n, eta=args.eta, x_T=None if x_T is None else x_T[:n], **options, **more)
