@@ -1496,7 +1496,7 @@ class DPM:
         """The network's z (n, D, outputs) for x (n, D) and t (n,)."""
         z = self.xp.empty((*x.shape, self.diffusion.outputs))
 
-        def work(tape, share, cuts):
+        def work(_, share, cuts):
             tape = Tape(self.xp, self.weights)  # no backward follows
             for i in cuts:
                 z[i] = self.forward_here(x[i], t[i], tape)

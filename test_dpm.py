@@ -2444,7 +2444,7 @@ def test_train_leaves_everything(place):
             -sum(r["kl_bits"]) + r["H_q_T_bits"] - r["H_q_1_bits"] - r["H_p_T_bits"])
         assert r["K_minus_L_null_bits"] == pytest.approx(r["K_bits"] - r["L_null_bits"])
         assert r["entropy_lower_bits"] < r["entropy_upper_bits"] and r["K_bits_se"] > 0
-        assert r["seconds"] > 0 and r["steps"] in (20, 60)
+        assert r["seconds"] > 0
         log = np.genfromtxt(run / "log.csv", delimiter=",", names=True)
         assert log.dtype.names == tuple(train.COLUMNS)
         assert log["step"].tolist() == list(range(1, r["steps"] + 1)) and np.isfinite(
@@ -2969,7 +2969,7 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
             ("--steps must be", "--resume", digits, "--steps", 0),
             ("damaged", "--resume", "torn"), ("damaged", "--resume", "flat"),
             ("holds another run", "--out", digits), ("--out", "--out", ""),
-            ("in the way", "--out", "text.npz/run"),
+            ("text.npz/run: a file is in the way", "--out", "text.npz/run"),
             *[("damaged", "--evaluate", f"{name}.npz") for name in
               ("nan", "scale", "short", "rises", "config", "rounded", "unsaid")],
             *[("--gpu:", "--gpu")] * (dpm.backend() is np)]:
@@ -3015,7 +3015,8 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
             ("not allowed with", *known, "--inpaint", "--denoise", 1),
             ("--out", *known, "--out", ""), ("give a name", *known, "--out", ".."),
             ("--checkpoint", "--checkpoint", ""),
-            ("in the way", *known, "--number", 1, "--out", "text.npz/a")]:
+            ("text.npz: a file is in the way", *known, "--number", 1, "--out",
+             "text.npz/a")]:
         refuses(says, *flags, script="sample", cwd=tmp_path)
     assert sorted(tmp_path.rglob("*")) == files
 

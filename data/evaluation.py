@@ -201,7 +201,7 @@ def parzen_estimate(model, dataset):
     """The paper's Table 2 for MNIST: the log density, in bits of pixels in [0, 1], of the test
     images under Gaussians around 10,000 samples. Their width is the best of ten for the last 1,000
     training images."""
-    samples = model.sample(10_000, 1, runs.fewer_steps(model, 100), batch=200,
+    samples = model.sample(10_000, 1, runs.fewer_steps(model, 100),
                            progress=runs.progress("Parzen samples"))
     centres, by_width = figures.to_bytes(model, samples).reshape(len(samples), -1) / 255, {}
     for sigma in runs.bar(np.logspace(-1, 0, 10), "Parzen widths", leave=False):
@@ -240,7 +240,7 @@ def draw(model, dataset, found, curves, entropies, result, out):
         figures.figure_1(model, dataset, out / "figure1.png")
     else:
         sets = {"held out": dataset.held_out(2000),
-                "samples": model.sample(2000, model.about["seed"], batch=1000)}
+                "samples": model.sample(2000, model.about["seed"])}
         figures.save_picture(figures.points_picture(model, sets), out / "samples.png")
     if dataset.truth:
         x0 = model.xp.asarray(dataset.held_out(500))

@@ -378,7 +378,7 @@ def figure_1(model, dataset, path, number=2000):
     times = (1, max(2, int(np.abs(dpm.to_host(q.alpha_bar) - 0.75).argmin())), T)
     x0 = xp.asarray(dataset.draw(number, dpm.generator(dataset.xp, "figure")))
     rng = dpm.generator(np, "noise of figure")
-    samples, kept = model.sample(number, batch=number, keep=times[1:])
+    samples, kept = model.sample(number, keep=times[1:])
     kept[1] = samples
     size = max(3.0, 1.1 * float(abs(x0).max()))
     lines = np.linspace(-size, size, 19)

@@ -135,7 +135,7 @@ def make_directory(path):
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise dpm.InputError(f"{path}: a file of this name is in the way; give another") from None
+        raise dpm.InputError(f"{path}: a file is in the way; give another name") from None
 
 
 def writable(path):
