@@ -215,6 +215,7 @@ def run(main):
     def stop(*_):
         for number in (signal.SIGINT, signal.SIGTERM):  # once is enough
             signal.signal(number, signal.SIG_IGN)
+        sys.unraisablehook = lambda _: None  # of objects that were being made, such as a bar
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
