@@ -146,9 +146,9 @@ def check(args, chosen, dataset):
          f"--timesteps must be 2 to a million, not {c['timesteps']}"),
         (threads is not None and not 1 <= threads <= 1024,
          f"--threads must be 1 to 1024, not {threads}"),
-        (c["seed"] < 0, f"--seed must not be negative, as {c['seed']} is"),
+        (c["seed"] < 0, f"--seed must be 0 or more, not {c['seed']}"),
         (dataset.binary and numbers_only,
-         f"--{', --'.join(numbers_only)} is for numbers; {name} is made of bits"),
+         f"--{', --'.join(numbers_only)}: for numbers only; {name} is made of bits"),
         (not dataset.binary and c["rate"] is not None,
          f"--rate is for bits; {name} is made of numbers"),
         (learned and c["objective"] != "K", "--schedule learned ascends K: omit --objective"),
@@ -287,6 +287,8 @@ def resume(args, xp, comm):
     if not (args.resume or newest):
         raise dpm.InputError("--resume: there is no run in runs/; give a run's directory")
     out = pathlib.Path(args.resume or newest.parent)
+    if not out.is_dir():
+        raise dpm.InputError(f"--resume {out}: give the directory of a run")
     model, optimiser = dpm.resume(out / "checkpoint.npz", xp, comm)
     runs.check_about(model.about, out / "checkpoint.npz")
     dataset = runs.load_for(model)

@@ -158,8 +158,8 @@ def _split(name, train):
     large data is not there twice."""
     number = len(train) // 10
     if len(train) < 20:
-        raise InputError(f"{name}: {len(train)} examples; at least 20 are needed to set a tenth "
-                         "aside, or larger pictures and a size to --crop")
+        raise InputError(f"{name}: at least 20 examples are needed to set a tenth aside, not "
+                         f"{len(train)}; or larger pictures and a size to --crop")
     chosen = generator(np, "split").permutation(len(train))[:number]
     test, rest = train[chosen], len(train) - number
     last = np.setdiff1d(np.arange(rest, len(train)), chosen)
