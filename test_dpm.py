@@ -2949,7 +2949,7 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
             ("crops of 40 x 40", "--dataset", place.path / "colours", "--crop", 40),
             ("12 x 12", "--dataset", place.path / "colours", "--crop", 13),
             ("either cropped or resized", "--dataset", "gravel", "--crop", 8, "--resize", 8),
-            ("for pictures", "--crop", 8), ("give a size of", "--dataset", "gravel", "--crop", 0),
+            ("files of pictures", "--crop", 8), ("give a size of", "--dataset", "gravel", "--crop", 0),
             ("--parzen goes with", "--parzen"), ("images of bytes", "--parzen", "--evaluate", roll),
             ("a chain of 8", "--evaluate", roll, "--steps", 9),
             ("omit --lr", "--evaluate", roll, "--lr", "1"),

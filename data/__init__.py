@@ -61,7 +61,8 @@ def load(name_or_path, crop=None, resize=None, flips=False):
                 raise InputError(f"{name}: pictures of {size} x {size}; give a size of 4 to 4096")
         dataset = _made(name)
         if dataset and (crop or resize or flips):
-            raise InputError(f"{name}: is made as it is; crop, resize and flips are for pictures")
+            raise InputError(f"{name}: is not made of files of pictures; omit --crop, --resize and "
+                             "--flips")
         return dataset or _from_files(name, crop, resize, flips)
 
 

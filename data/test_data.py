@@ -789,7 +789,7 @@ def test_crops_refused(tmp_path):
     assert "resized" in refused(tmp_path / "v.npy", resize=8)
     assert "vectors" in refused(tmp_path / "v.npy", flips=True)
     for options in ({"crop": 8}, {"resize": 8}, {"flips": True}):
-        assert "for pictures" in refused("swissroll", **options)
+        assert "files of pictures" in refused("swissroll", **options)
     for crop in (0, -3, 10 ** 9):
         assert "4 to 4096" in refused(folder, crop=crop)
 
