@@ -132,12 +132,15 @@ def written_whole(path):
 # Nothing in this chapter is learned. A diffusion says what noise does to data (q), how one step is
 # undone when x_0 is known, and how the numbers of a network describe a reverse step (p).
 
+SCHEDULES = "logsnr", "paper", "linear", "cosine"
+
+
 def schedule(kind, T, beta_1):
     """alpha_bar_0..T, float64 (T + 1,): alpha_bar_t = prod_{s<=t} (1 - beta_s) is the part of the
     data's variance that is left at t.
 
     kind    logsnr   level_t = logit(1 - alpha_bar_t), minus the log of signal over noise, linear in
-                     t, from logit(beta_1) to 10
+                     t, from logit(beta_1) to 10: alpha_bar is a sigmoid of t
             paper    beta_t = 1 / (T - t + 1) for t >= 2 (footnote 2, section 2.4.1): every step
                      takes the same part of the signal
             linear   beta_t on the line from 1e-4 to 0.02, times 1000 / T (DDPM)
@@ -157,7 +160,7 @@ def schedule(kind, T, beta_1):
     elif kind == "cosine":
         alpha_bar = (1 - beta_1) * np.cos(0.99 * math.pi / 2 * np.linspace(0, 1, T))
     else:
-        raise InputError(f"no schedule '{kind}': choose logsnr, paper, linear or cosine")
+        raise InputError(f"no schedule '{kind}': choose {', '.join(SCHEDULES)}")
     return np.append(1, alpha_bar)
 
 
@@ -204,6 +207,16 @@ class Normal:
         is the kernel perturbed by any r (eq. 61): its mean moves by variance times g."""
         product = Normal(self.xp, self.mean + self.variance * g, self.variance)
         return product, (g * (self.mean + product.mean) / 2).sum(1)
+
+    def along(self, g):
+        """Points (k, n, D) on the line through the mean along which g x varies most, evenly spaced
+        up to 4 deviations, and the log of their weights (k, 1). For the mean of a function of g x
+        they are enough, whatever D is."""
+        h = self.xp.linspace(-4, 4, 17)[:, None]
+        steepest = self.variance * g
+        size = self.xp.sqrt((steepest * g).sum(1, keepdims=True))  # the deviation of g x
+        points = self.mean + h[:, None] * steepest / self.xp.where(size > 0, size, 1.0)
+        return points, -0.5 * h ** 2 - self.xp.log(self.xp.exp(-0.5 * h ** 2).sum())
 
     def slope_against(self, other):
         """The slope in x (n, D) of log(self / other), where other is given the variance of self:
@@ -261,6 +274,10 @@ class Bernoulli:
     def tilted(self, g):
         """The product with exp(g x), normalised, and log Z (n,): the log odds move by g."""
         return self.times(0 * self.one, g)
+
+    def along(self, g):
+        """The mean alone: between the bits there is nothing to be averaged."""
+        return self.mean[None], self.xp.zeros((1, 1))
 
     def slope_against(self, other):
         """How far the log odds lie above those of other, (n, D): other, tilted by it, is self."""
@@ -680,8 +697,8 @@ class Tape:
 
 class Layer:
     """forward(x, tape) gives y; backward(dy, tape), called in reverse order, gives dx and adds to
-    the gradients of the layer's weights. shapes {name: shape}: its weights. They start at random,
-    with variance gain^2 / inputs; with gain = 0, and biases always, at zero."""
+    the gradients of the layer's weights. shapes {name: shape}: its weights. Matrices
+    start at random, with variance gain^2 / inputs; with gain = 0, and all vectors, at zero."""
 
     shapes, gain, layers = {}, 1.0, ()
 
@@ -1141,7 +1158,8 @@ def mlp(channels, readout, outputs, width=128, layers=3, scales=(), edges=(), ti
 
 def unet(channels, readout, outputs, widths=(24, 48, 96), head=64, scales=(), edges=(), time=128):
     """For images: two residual blocks on the grid of pixels and, between them, the same on a grid
-    half as fine, and so on through `widths`; then a small network at every pixel, the head."""
+    half as fine, and so on through `widths`; then a small network at every pixel, the head. Every
+    layer sees a neighbourhood only, so that one set of weights serves pictures of any size."""
 
     def block(width):
         return Residual(Rectifier(), Conv3x3(width, width), Time(time, width),
@@ -1179,6 +1197,8 @@ def paper(channels, readout, outputs, pixels=1, pools=(1, 2, 4), maps=8, hidden=
     return Network(body, readout)
 
 
+# Checkpoints hold weights for these as they are, in this order, and `sizes`, their arguments. A
+# change with which old checkpoints are still to be read is a new argument; its default is as before
 NETWORKS = dict(mlp=mlp, unet=unet, paper=paper)
 READOUTS = dict(v=Velocity, eps=Epsilon, paper=PaperKernel, bits=LogOdds)
 
@@ -1305,6 +1325,9 @@ class Optimiser:
 # A diffusion and a network are a model, DPM. Its lower bound K on the log likelihood is a sum over
 # t, so that one t for each example estimates it and its gradient.
 
+OBJECTIVES = "K", "focused", "simple", "mean"
+
+
 def objective(kind, q):
     """What training descends, as tables over t (T + 1,): frequency, t is drawn in proportion to it,
     on the host; weight, of the loss of a drawn t; v_weight, of (v - v*)^2 in this loss, or None: it
@@ -1335,8 +1358,8 @@ def objective(kind, q):
         v_weight = xp.where(t > 1, v_weight, 0.0)
         v_weight = v_weight * (c.sum() / 2 / v_weight.sum())
     elif kind != "K":
-        raise InputError(f"no objective '{kind}' here: choose K, focused, or for numbers also "
-                         "simple or mean")
+        raise InputError(f"no objective '{kind}' here: choose {', '.join(OBJECTIVES)}; the last "
+                         "two are for numbers")
     if q.discretised:  # the decoder's gradient is the noisiest: a twentieth of the draws
         frequency[1], weight[1] = 0.05 * frequency.sum(), 1.0
     return to_host(frequency), weight, v_weight
@@ -1405,7 +1428,8 @@ class DPM:
         fresh = initial_weights(self.layers, self.xp, dtype, seed)
         self.theta = fresh if theta is None else theta
         if self.theta.shape != fresh.shape:
-            raise ValueError(f"{self.theta.size} weights, where this network has {fresh.size}")
+            raise InputError(f"a checkpoint of {self.theta.size} weights, where its network, as "
+                             f"dpm.py makes it now, has {fresh.size}")
         self.threads = (threads or max(1, CORES // self.comm.here)) if self.xp is np else 1
         self.pool = ThreadPoolExecutor(self.threads)
         self.grads = [self.xp.zeros_like(self.theta) for _ in range(self.threads)]
@@ -1876,20 +1900,33 @@ class Function:
         self._log_r, self._gradient = log_r, gradient
 
     @staticmethod
-    def _checked(value, shape, what):
+    def _checked(value, shape, what, x):
         found = getattr(value, "shape", type(value).__name__)
         if found != shape:
             raise InputError(f"{what} of your r returns {found} where an array of shape {shape} "
                              "is needed")
-        if not bool((value * 0 == 0).all()):
-            raise InputError(f"{what} of your r returns NaN or infinite values")
+        if not bool((abs(value) < math.inf).all()):
+            raise InputError(f"{what} of your r returns NaN or infinite values, where the largest "
+                             f"|x| is {float(abs(x).max()):.3g}")
         return value
 
+    def averaged(self, p):
+        """log E[r(x)] (n,) for x with distribution p, and its gradient in the mean of p (n, D),
+        where r changes only along its gradient at the mean: sums over p.along. (r at the mean alone
+        would be as narrow where much is still open as where nothing is.)"""
+        x, log_w = p.along(self.gradient(p.mean))
+        rows = x.reshape(-1, x.shape[2])
+        log_w = log_w + self.log_r(rows).reshape(x.shape[:2])
+        top = log_w.max(0)
+        w = p.xp.exp(log_w - top)
+        g = (w[..., None] * self.gradient(rows).reshape(x.shape)).sum(0)
+        return top + p.xp.log(w.sum(0)), g / w.sum(0)[:, None]
+
     def log_r(self, x):
-        return self._checked(self._log_r(x), x.shape[:1], "log_r")
+        return self._checked(self._log_r(x), x.shape[:1], "log_r", x)
 
     def gradient(self, x):
-        return self._checked(self._gradient(x), x.shape, "gradient")
+        return self._checked(self._gradient(x), x.shape, "gradient", x)
 
 
 # Levels: above them x_t says little of x_0 (of small pictures and of vectors), below them only
@@ -1976,11 +2013,12 @@ class Posterior:
 
     def of_x0(self, p):
         """log E[r(x_0)] (n,), up to a constant, where x_0 has the distribution p; and its gradient
-        in the mean of p, (n, D). For a Function it is log r of the mean."""
+        in the mean of p, (n, D). For a Function see Function.averaged."""
         product, log_r = self.given(p)
         g = (product.mean - p.mean) / p.variance
         for f in self.functions:
-            log_r, g = log_r + f.log_r(p.mean), g + f.gradient(p.mean)
+            log_r_f, g_f = f.averaged(p)
+            log_r, g = log_r + log_r_f, g + g_f
         return log_r, g
 
     def predicted(self, x, t):

@@ -206,7 +206,7 @@ class Signs:
 # ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("T", [2, 10, 1000])
-@pytest.mark.parametrize("kind", ["logsnr", "paper", "linear", "cosine"])
+@pytest.mark.parametrize("kind", dpm.SCHEDULES)
 def test_schedule(kind, T):
     a, t = dpm.schedule(kind, T, 1e-4), np.arange(2, T + 1)
     first = 0.1 / T if kind == "linear" else 1e-4
@@ -221,7 +221,7 @@ def test_schedule(kind, T):
     elif kind == "cosine":
         angle = 0.99 * np.pi / 2 * (np.arange(1, T + 1) - 1) / (T - 1)
         close(np.arccos(a[1:] / (1 - 1e-4)), angle, atol=1e-9)
-    else:
+    elif kind == "linear":
         beta = 1 - a[1:] / a[:-1]
         assert beta[-1] == approx(min(20 / T, 0.999)) and (a[-1] < 1e-3 or T == 2)
         assert T == 10 or abs(np.diff(beta, 2)).max(initial=0) < 1e-12  # a line, where uncut
@@ -956,7 +956,7 @@ def test_K_star_of_gaussian_data(variance, known):
 
 
 @pytest.mark.parametrize("network, shape", NETWORKS)
-@pytest.mark.parametrize("kind", ["logsnr", "paper", "linear", "cosine"])
+@pytest.mark.parametrize("kind", dpm.SCHEDULES)
 def test_at_initialisation_K_is_L_null(kind, network, shape):
     """The last layer begins with zeros, p is the equilibrium kernel, whose trajectories are
     reversible: K of every example is its log likelihood under pi, whatever its size."""
@@ -1510,8 +1510,13 @@ def test_observation():
         close(dpm.Posterior(small_model(), o, schedule)._log_r(x, 3), power * expected)
 
 
-CURVE = dpm.Function(lambda x: np.sin(x) @ np.arange(x.shape[1]),
-                     lambda x: np.cos(x) * np.arange(x.shape[1]))
+def along(x):
+    """The one direction in which CURVE changes."""
+    return np.cos(np.arange(x.shape[1]))
+
+
+CURVE = dpm.Function(lambda x: np.sin(x @ along(x)),
+                     lambda x: np.cos(x @ along(x))[:, None] * along(x))
 
 
 @pytest.mark.parametrize("q, network, shape, predict", [
@@ -1521,8 +1526,9 @@ CURVE = dpm.Function(lambda x: np.sin(x) @ np.arange(x.shape[1]),
     (binomial(), "unet", (5, 6, 1), "v"), (binomial(), "paper", (5, 4, 1), "v")])
 def test_r_of_what_a_network_predicts(q, network, shape, predict, monkeypatch):
     """log r_t(x_t) = log E r(x_0), x_0 as p_x0 has it, coordinates independent, for an Observation;
-    log r at the mean for a Function. g, before `guided` gets it, is its slope along any line, in
-    the mean of p_x0, through the network. Between the bits log odds are linear in x_t."""
+    for a Function a sum over 17 points, or r at the mean of bits. g, before `guided` gets it, is
+    its slope along any line, in the mean of p_x0, through the network. Between the bits log odds
+    are linear in x_t."""
     model, bit = small_model(q, shape, network, predict=predict), q.outputs == 1
     model.slices = lambda n: [slice(i, min(i + 2, n)) for i in range(0, n, 2)]
     (x, y), sigma = rng(69).random((2, 5, model.D)), np.resize([0.0, 0.4, np.inf], model.D)
@@ -1538,12 +1544,15 @@ def test_r_of_what_a_network_predicts(q, network, shape, predict, monkeypatch):
         if bit:
             odds = [q._log_odds(b + 0 * x, at) for b in (0, 1)]
             mean = 1 / (1 + np.exp(-odds[0] - x * (odds[1] - odds[0]) - z[..., 0]))
-            integral = np.log(mean * r[1] + (1 - mean) * r[0])
+            integral, curve = np.log(mean * r[1] + (1 - mean) * r[0]), CURVE.log_r(mean)
         else:
             mean, total = q.p_x0(x, at, z).mean, np.where(sigma < np.inf, variance + sigma ** 2, 1)
             far = np.where(sigma < np.inf, (mean - y) ** 2, 0)
             integral = -0.5 * far / total - 0.5 * np.log(total)
-        return integral.sum(1) + CURVE.log_r(mean)
+            h, a = np.linspace(-4, 4, 17)[:, None], along(x)
+            line = mean @ a + h * np.sqrt((variance * a ** 2).sum(1))
+            curve = np.log((np.exp(np.sin(line) - h * h / 2)).sum(0) / np.exp(-h * h / 2).sum())
+        return integral.sum(1) + curve
 
     for t in (2, 6, 12):
         at, expected, (p, found, g) = np.full(5, t), model.p_back(x, t), posterior.predicted(x, t)
@@ -1555,6 +1564,24 @@ def test_r_of_what_a_network_predicts(q, network, shape, predict, monkeypatch):
         for direction in rng(68).standard_normal((3, *x.shape)):
             slope = quotient(lambda: log_r(at, variance), x, direction, 1e-5)
             close((g * direction).sum(1), slope, rtol=1e-5, atol=1e-5 * abs(slope).max())
+
+
+@pytest.mark.parametrize("s", [0.7, 1.5, 4.0])
+def test_a_function_is_averaged_along_its_gradient(s):
+    """r = exp(-(a x - y)^2 / 2 s^2) for x ~ N(m, V): log E r = -1/2 (a m - y)^2 / (s^2 + a V a) -
+    1/2 log(1 + a V a / s^2). For r = exp(-|x - y|^2 / 2 s^2) and V = v I the gradient is (y - m) /
+    (s^2 + v) in every coordinate."""
+    (m, V, y), a = rng(41).random((3, 5, 4)), np.array([0.5, -1.0, 0.8, 0.0])
+    one = dpm.Function(lambda x: -0.5 * (x @ a - 1) ** 2 / s ** 2,
+                       lambda x: -(x @ a - 1)[:, None] * a / s ** 2)
+    log_r, g = one.averaged(dpm.Normal(np, m, V))
+    total = s ** 2 + V @ a ** 2
+    close(log_r, -0.5 * (m @ a - 1) ** 2 / total - 0.5 * np.log(total / s ** 2), rtol=0.002)
+    close(g, -((m @ a - 1) / total)[:, None] * a, rtol=0.002)
+    y = y[:1]
+    every = dpm.Function(lambda x: -0.5 * ((x - y) ** 2).sum(1) / s ** 2,
+                         lambda x: (y - x) / s ** 2)
+    close(every.averaged(dpm.Normal(np, m, V[:, :1]))[1], (y - m) / (s ** 2 + V[:, :1]), rtol=0.002)
 
 
 @pytest.mark.parametrize("t", [2, 10, 30, 50])
@@ -1662,7 +1689,7 @@ def test_a_chain_that_begins_at_noisy_data(sigma):
     close(np.cov(x.T), S - K @ S, atol=0.002 + 5 * math.sqrt(2 / len(x)) * (S - K @ S)[0, 0])
 
 
-@pytest.mark.parametrize("kind", ["logsnr", "paper", "linear", "cosine"])
+@pytest.mark.parametrize("kind", dpm.SCHEDULES)
 def test_a_chain_until_one_of_its_times_is_its_beginning(kind):
     q = dpm.Gaussian(dpm.schedule(kind, 60, 1e-3))
     for t in (2, 17, 59):
@@ -1711,9 +1738,10 @@ def test_bad_observations(y, sigma, says):
     (CURVE, dict(schedule="linear"), "no r-schedule"),
     (dpm.Function(lambda x: x, lambda x: x), dict(particles=2), "log_r of your r returns"),
     (dpm.Function(lambda x: x[:, 0], lambda x: 1.0), {}, "returns float"),
-    (dpm.Function(lambda x: x[:, 0], lambda x: x * np.nan), {}, "NaN")])
+    (dpm.Function(lambda x: x[:, 0], lambda x: x * np.nan), {}, r"\|x\| is [0-9]"),
+    (dpm.Function(lambda x: -2e4 * x[:, 0] ** 2, lambda x: -4e4 * x), {}, r"\|x\| is [0-9.]*e")])
 def test_bad_r(r, options, says):
-    with refused(says):
+    with refused(says), np.errstate(over="ignore"):
         options = dict(schedule="constant") | options
         dpm.Posterior(gaussian_model(D=2), r, **options).sample(4)
     with refused("0 or 1"):
@@ -2473,13 +2501,17 @@ def test_train_leaves_everything(place):
 @scripts
 def test_the_objective_is_what_is_trained(tmp_path):
     """Each weighs the steps in its own way: after three steps no two have the same weights."""
-    found = []
-    for kind in ("K", "focused", "simple", "mean"):
-        done("train", "--objective", kind, "--schedule", "linear", "--steps", 3, "--batch-size", 64,
-             *TINY, "--no-evaluate", "--out", kind, cwd=tmp_path)
-        theta = arrays_of(tmp_path / kind)["theta"]
-        assert all(np.abs(theta - other).max() > 1e-5 for other in found)
-        found.append(theta)
+    for dataset, schedule, kinds in [("swissroll", "linear", dpm.OBJECTIVES),
+                                     ("heartbeat", "cosine", ["K", "focused"])]:
+        found = []
+        for kind in kinds:
+            out = tmp_path / f"{dataset}-{kind}"
+            done("train", "--dataset", dataset, "--objective", kind, "--schedule", schedule,
+                 *TINY, "--steps", 3, "--batch-size", 64, "--no-evaluate", "--out", out,
+                 cwd=tmp_path)
+            theta = arrays_of(out)["theta"]
+            assert all(np.abs(theta - other).max() > 1e-5 for other in found)
+            found.append(theta)
 
 
 @scripts
@@ -2949,7 +2981,8 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
             ("crops of 40 x 40", "--dataset", place.path / "colours", "--crop", 40),
             ("12 x 12", "--dataset", place.path / "colours", "--crop", 13),
             ("either cropped or resized", "--dataset", "gravel", "--crop", 8, "--resize", 8),
-            ("files of pictures", "--crop", 8), ("give a size of", "--dataset", "gravel", "--crop", 0),
+            ("files of pictures", "--crop", 8),
+            ("give a size of", "--dataset", "gravel", "--crop", 0),
             ("--parzen goes with", "--parzen"), ("images of bytes", "--parzen", "--evaluate", roll),
             ("a chain of 8", "--evaluate", roll, "--steps", 9),
             ("omit --lr", "--evaluate", roll, "--lr", "1"),

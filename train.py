@@ -87,10 +87,10 @@ def arguments():
                    help="channels of the U-Net, from fine to coarse [24 48 96]")
     g.add_argument("--timesteps", metavar="T", type=int,
                    help=f"steps of the diffusion {show('timesteps')}")
-    schedules = "logsnr", "paper", "linear", "cosine", "learned"
+    schedules = *dpm.SCHEDULES, "learned"
     g.add_argument("--schedule", metavar="NAME", choices=schedules,
                    help=f"of beta_t: {', '.join(schedules)} [logsnr; bits: cosine]")
-    g.add_argument("--objective", metavar="NAME", choices=["K", "focused", "simple", "mean"],
+    g.add_argument("--objective", metavar="NAME", choices=dpm.OBJECTIVES,
                    help="what training descends: K, focused, simple, mean [K | focused | K]")
     g.add_argument("--variance", metavar="NAME", choices=["learned", "beta", "posterior"],
                    help="f_sigma: learned, beta, posterior [learned]")
@@ -134,7 +134,7 @@ def check(args, chosen, dataset):
     c, name, threads = chosen, dataset.name, args.threads
     paper, learned = c["network"] == "paper", c["schedule"] == "learned"
     numbers_only = [flag for flag in ("objective", "variance", "predict", "decoder")
-                    if c[flag] not in (ALWAYS[flag], "paper")] + ["schedule"] * learned
+                    if c[flag] not in (ALWAYS[flag], "focused", "paper")] + ["schedule"] * learned
     rules = [
         (args.steps and len(args.steps) > 1,
          "several --steps go with --evaluate; a training has one number of steps"),
