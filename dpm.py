@@ -697,8 +697,8 @@ class Tape:
 
 class Layer:
     """forward(x, tape) gives y; backward(dy, tape), called in reverse order, gives dx and adds to
-    the gradients of the layer's weights. shapes {name: shape}: its weights. Matrices
-    start at random, with variance gain^2 / inputs; with gain = 0, and all vectors, at zero."""
+    the gradients of the layer's weights. shapes {name: shape}: its weights. Matrices start at
+    random, with variance gain^2 / inputs; with gain = 0, and all vectors, at zero."""
 
     shapes, gain, layers = {}, 1.0, ()
 
@@ -1910,6 +1910,12 @@ class Function:
                              f"|x| is {float(abs(x).max()):.3g}")
         return value
 
+    def log_r(self, x):
+        return self._checked(self._log_r(x), x.shape[:1], "log_r", x)
+
+    def gradient(self, x):
+        return self._checked(self._gradient(x), x.shape, "gradient", x)
+
     def averaged(self, p):
         """log E[r(x)] (n,) for x with distribution p, and its gradient in the mean of p (n, D),
         where r changes only along its gradient at the mean: sums over p.along. (r at the mean alone
@@ -1921,12 +1927,6 @@ class Function:
         w = p.xp.exp(log_w - top)
         g = (w[..., None] * self.gradient(rows).reshape(x.shape)).sum(0)
         return top + p.xp.log(w.sum(0)), g / w.sum(0)[:, None]
-
-    def log_r(self, x):
-        return self._checked(self._log_r(x), x.shape[:1], "log_r", x)
-
-    def gradient(self, x):
-        return self._checked(self._gradient(x), x.shape, "gradient", x)
 
 
 # Levels: above them x_t says little of x_0 (of small pictures and of vectors), below them only
