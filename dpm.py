@@ -1894,7 +1894,8 @@ class Observation:
 class Function:
     """Any r of your own: log_r(x) gives log r (n,), gradient(x) its gradient (n, D), for normalised
     x (n, D) (raw = x scale + shift), float64 arrays of xp. They are called from several threads,
-    for some of the samples each. InputError for another shape, or numbers that are not finite."""
+    for some of the samples and several points of each. InputError for another shape, or numbers
+    that are not finite."""
 
     def __init__(self, log_r, gradient):
         self._log_r, self._gradient = log_r, gradient
