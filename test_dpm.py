@@ -1510,13 +1510,13 @@ def test_observation():
         close(dpm.Posterior(small_model(), o, schedule)._log_r(x, 3), power * expected)
 
 
-def along(x):
+def axis_of(x):
     """The one direction in which CURVE changes."""
     return np.cos(np.arange(x.shape[1]))
 
 
-CURVE = dpm.Function(lambda x: np.sin(x @ along(x)),
-                     lambda x: np.cos(x @ along(x))[:, None] * along(x))
+CURVE = dpm.Function(lambda x: np.sin(x @ axis_of(x)),
+                     lambda x: np.cos(x @ axis_of(x))[:, None] * axis_of(x))
 
 
 @pytest.mark.parametrize("q, network, shape, predict", [
@@ -1549,7 +1549,7 @@ def test_r_of_what_a_network_predicts(q, network, shape, predict, monkeypatch):
             mean, total = q.p_x0(x, at, z).mean, np.where(sigma < np.inf, variance + sigma ** 2, 1)
             far = np.where(sigma < np.inf, (mean - y) ** 2, 0)
             integral = -0.5 * far / total - 0.5 * np.log(total)
-            h, a = np.linspace(-4, 4, 17)[:, None], along(x)
+            h, a = np.linspace(-4, 4, 17)[:, None], axis_of(x)
             line = mean @ a + h * np.sqrt((variance * a ** 2).sum(1))
             curve = np.log((np.exp(np.sin(line) - h * h / 2)).sum(0) / np.exp(-h * h / 2).sum())
         return integral.sum(1) + curve
@@ -3115,9 +3115,8 @@ def test_fuzz(place, tmp_path, capfd):
         ends.append(fine("train", "--resume", "torn", "--steps", 21, "--no-evaluate", "--no-gpu"))
     flags = {
         "--dataset": ["swissroll:1", "swissroll:x", "heartbeat", "", ".", "a.idx", "deadleaves:4"],
-        "--network": ["mlp", "paper", "unet"], "--schedule": ["logsnr", "paper", "linear", "cosine",
-                                                              "learned"],
-        "--objective": ["K", "focused", "simple", "mean"], "--predict": ["v", "eps"],
+        "--network": ["mlp", "paper", "unet"], "--schedule": [*dpm.SCHEDULES, "learned"],
+        "--objective": dpm.OBJECTIVES, "--predict": ["v", "eps"],
         "--variance": ["learned", "beta", "posterior"], "--decoder": ["discretised"],
         "--timesteps": [-1, 0, 1, 2, 3, 5, 10 ** 12, "x"], "--batch-size": [-1, 0, 1, 3, 10 ** 12],
         "--lr": [0, -1, 1e-300, 1e300, "inf", "nan"], "--seed": [-1, 10 ** 30, 1.5],

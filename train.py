@@ -91,7 +91,7 @@ def arguments():
     g.add_argument("--schedule", metavar="NAME", choices=schedules,
                    help=f"of beta_t: {', '.join(schedules)} [logsnr; bits: cosine]")
     g.add_argument("--objective", metavar="NAME", choices=dpm.OBJECTIVES,
-                   help="what training descends: K, focused, simple, mean [K | focused | K]")
+                   help=f"what training descends: {', '.join(dpm.OBJECTIVES)} [K | focused | K]")
     g.add_argument("--variance", metavar="NAME", choices=["learned", "beta", "posterior"],
                    help="f_sigma: learned, beta, posterior [learned]")
     g.add_argument("--predict", metavar="NAME", choices=["v", "eps"],
