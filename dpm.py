@@ -1385,28 +1385,13 @@ class IdealNetwork:
 
 
 class Alone:
-    """One process. Ranks is the same for several."""
+    """One process; data.runs.Ranks is the same for several, of which `here` are on this machine."""
 
     rank, size, here = 0, 1, 1
 
     def sum(self, a):
         """The sum of the arrays a of all ranks."""
         return a
-
-
-class Ranks:
-    """The processes of an MPI run, see Alone; `here` is how many of them run on this machine."""
-
-    def __init__(self, xp=np):
-        from mpi4py import MPI
-        self.xp, self.comm = xp, MPI.COMM_WORLD
-        self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
-        self.here = self.comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size()
-
-    def sum(self, a):
-        total = np.empty(a.shape, a.dtype)
-        self.comm.Allreduce(np.ascontiguousarray(to_host(a)), total)
-        return self.xp.asarray(total) if type(a) is not np.ndarray else total
 
 
 class DPM:

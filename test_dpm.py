@@ -1296,7 +1296,7 @@ def test_steps_with_less_noise():
 
 
 class Rank:
-    """One of two processes, in a thread: what dpm.Ranks is by MPI."""
+    """One of two processes, in a thread: what runs.Ranks is by MPI."""
 
     size, here, parts, barrier = 2, 2, [None, None], threading.Barrier(2)
 

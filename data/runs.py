@@ -64,12 +64,27 @@ def mpi_rank():
     return mpi.COMM_WORLD.Get_rank() if mpi else 0
 
 
+class Ranks:
+    """The processes of an MPI run, see dpm.Alone."""
+
+    def __init__(self, xp):
+        from mpi4py import MPI
+        self.xp, self.comm = xp, MPI.COMM_WORLD
+        self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
+        self.here = self.comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size()
+
+    def sum(self, a):
+        total = np.empty(a.shape, a.dtype)
+        self.comm.Allreduce(np.ascontiguousarray(dpm.to_host(a)), total)
+        return self.xp.asarray(total) if type(a) is not np.ndarray else total
+
+
 def ranks(xp):
     """The processes of an MPI run, or None where there is only this one."""
     if not {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"} & set(os.environ):  # what mpirun sets
         return None
     try:
-        return dpm.Ranks(xp)
+        return Ranks(xp)
     except ImportError as error:
         raise dpm.InputError("mpirun: several processes need mpi4py: pip install mpi4py "
                              f"({dpm.first_line(error)})") from None
