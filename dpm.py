@@ -25,11 +25,11 @@ what is trained and what is reported.
 Conventions. t runs 1..T; arrays over t have T + 1 entries, and entry 0 is the data without noise:
 alpha_bar[0] = 1. Data is a matrix (n, D), of mean about 0 and average variance 1, or of bits. The
 paper's symbols are the names; mu~_t and beta~_t, DDPM's, are the mean and the variance of
-q(x_{t-1} | x_t, x_0). x^ is an estimate of x, x^2 a square. f_sigma is a variance, sigma a standard
-deviation; pi is a distribution, but 3.14 in 2 pi or pi/2. `dname` is the gradient of the loss in
-`name`; a fraction such as dx / dphi is an ordinary derivative. Everything is in nats. Schedules,
-KLs and entropies are float64; only the network and the noise of its training are float32. `xp` is
-numpy or cupy, and every array of a model is an array of its xp.
+q(x_{t-1} | x_t, x_0). x^ is an estimate of x, x^2 a square, x' a transposed matrix. f_sigma is a
+variance, sigma a standard deviation; pi is a distribution, but 3.14 in 2 pi or pi/2. `dname` is the
+gradient of the loss in `name`; a fraction such as dx / dphi is an ordinary derivative. Everything
+is in nats. Schedules, KLs and entropies are float64; only the network and the noise of its training
+are float32. `xp` is numpy or cupy, and every array of a model is an array of its xp.
 """
 # 0. Tools: threads, memory, errors, backends, random generators, files. For a first reading it is
 # enough to know that they are here.
@@ -58,7 +58,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
-from scipy.special import entr, expit, logit, softmax
+from scipy.special import expit, logit, softmax
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -143,7 +143,7 @@ def schedule(kind, T, beta_1):
                      t, from logit(beta_1) to 10: alpha_bar is a sigmoid of t
             paper    beta_t = 1 / (T - t + 1) for t >= 2 (footnote 2, section 2.4.1): every step
                      takes the same part of the signal
-            linear   beta_t on the line from 1e-4 to 0.02, times 1000 / T (DDPM)
+            linear   beta_t on the line from 1e-4 to 0.02, times 1000 / T, at most 0.999 (DDPM)
             cosine   alpha_bar_t = (1 - beta_1) cos(0.99 pi/2 u), u from 0 (t = 1) to 1 (t = T):
                      ours, for bits; not Nichol & Dhariwal's, which has cos^2
     beta_1  the variance of the first step, fixed (section 2.4.1); `linear` has its own. It limits
@@ -194,12 +194,13 @@ class Normal:
         """The product with r(x) = exp(-(x - y)^2 / (2 variance)), normalised (Table App.1, eq. 22),
         and log Z (n,): the log of its integral, up to a constant. (Eq. 22 drops Z.)
 
-        With the gain g = own / (own + variance): mean (1 - g) mean + g y, variance (1 - g) own.
-        A coordinate with variance = 0 is known (g = 1); of one with inf, r says nothing (g = 0)."""
+        With V the variance before, and the gain V / (V + variance), the mean becomes (1 - gain)
+        mean + gain y, the variance (1 - gain) V. A coordinate with variance = 0 is known (gain 1);
+        of one with inf, r says nothing (gain 0)."""
         xp, total = self.xp, self.variance + variance
-        g = self.variance / total
+        gain = self.variance / total
         log_Z = xp.where(xp.isinf(variance), 0.0, (self.mean - y) ** 2 / total + xp.log(total))
-        product = Normal(xp, (1 - g) * self.mean + g * y, (1 - g) * self.variance)
+        product = Normal(xp, (1 - gain) * self.mean + gain * y, (1 - gain) * self.variance)
         return product, -0.5 * log_Z.sum(1)
 
     def tilted(self, g):
@@ -289,33 +290,37 @@ class Bernoulli:
 
 
 class Diffusion:
-    """What a diffusion offers; the rest of the program knows only this. Gaussian and Binomial give
-    the formulas. t is an integer array (n,), one entry for each example, or one integer where so
-    said. z (n, D, outputs) are the numbers that a network gives for x_t, `outputs` a coordinate.
+    """What a diffusion offers; only what is for numbers alone (`objective`, `decode`, the learned
+    schedule) knows more. Gaussian and Binomial give the formulas. t is an integer array (n,), one
+    entry for each example, or one integer where so said. z (n, D, outputs) is what the network says
+    of x_t, `outputs` numbers for each coordinate.
 
-    q_step(x, t)         q(x_t | x_{t-1} = x), the kernel T_pi of eq. 2. It leaves pi unchanged and
-                         is its own reverse there: at t = 1 it is also p(x_0 | x_1), eq. 44
+    q_step(x, t)         q(x_t | x_{t-1} = x), the kernel T_pi of eq. 2. It leaves pi unchanged, and
+                         under pi it is its own reverse: at t = 1 it is also p(x_0 | x_1), eq. 44
     q_jump(x0, t)        q(x_t | x_0)
     q_back(x0, xt, t)    q(x_{t-1} | x_t, x_0), t >= 2: of numbers N(mu~, beta~_t I)
     p_x0(xt, t, z)       p(x_0 | x_t), what z says of x_0
-    p_back(xt, t, z)     p(x_{t-1} | x_t), t >= 2: q_back averaged over p_x0
-    kl(x0, xt, t, z)     KL[q_back || p_back], t >= 2, nats (n,), and dz, its derivative
+    p_back(xt, t, z, eta=1)   p(x_{t-1} | x_t), t >= 2: q_back averaged over p_x0
+    kl(x0, xt, t, z, v_weight=None)   KL[q_back || p_back], t >= 2, nats (n,), and dz, its
+                         derivative; v_weight: see `objective`
     ideal(xt, t, ...)    the z of the best possible kernel, from moments of x_0 given x_t
     H_q(t, x0)           entropy of q(x_t | x_0), nats (n,), t an integer >= 1
-    H_step(t, x0)        entropy of q(x_t | x_{t-1}), given x_0 in the mean, likewise
+    H_step(t, x0)        entropy of q(x_t | x_{t-1}), in the mean over x_{t-1} given x_0, likewise
     mean_log_pi(t, x0)   E[log pi(x_t) | x_0], nats (n,), t an integer >= 0
-    log_null(x)          log likelihood under independent coordinates of the data's mean, nats (n,)
+    log_null(x)          log likelihood under pi, for bits under B(mean of the data), nats (n,)
     pi(shape)            the distribution pi
 
     And for chapter 5 only, where an r(x_0) is to steer the reverse steps:
 
     x0_for_r(xt, t, z)   p_x0 as this takes it
     dp_x0(xt, t, z, g)   dx and dz of a function whose gradient in the mean of p_x0 is g
-    guided(p, t, g, p_x0, given)   what to tilt p = p_back by, (n, D), where g (n, D) is the
-                         gradient of log r_t at x_t. given: p_x0 times the Observations in r
+    guided(p, t, g, prior, given)   what to tilt p = p_back by, (n, D), where g (n, D) is the
+                         gradient of log r_t at x_t. prior: x0_for_r; given: the same times the
+                         Observations in r
 
     Of t a network is told level = log((1 - alpha_bar_t) / alpha_bar_t), the log of the variance of
-    noise over that of signal, and s = log(beta_t / beta~_t), 0 at t = 0 and 1; both (T + 1,)."""
+    noise over that of signal, cut to +-20.7, and s = log(beta_t / beta~_t), 0 at t = 0 and 1; both
+    (T + 1,)."""
 
     discretised = False
 
@@ -324,7 +329,7 @@ class Diffusion:
         self.alpha_bar = xp.asarray(alpha_bar, np.float64)
         self.before = xp.concatenate([xp.ones(1), self.alpha_bar[:-1]])  # alpha_bar_{t-1}
         self.beta = 1 - self.alpha_bar / self.before
-        a = xp.clip(self.alpha_bar, 1e-9, 1 - 1e-9)
+        a = xp.clip(self.alpha_bar, 1e-9, 1 - 1e-9)  # it is 1 at t = 0, and may be 0 at T
         self.level, self.s = xp.log((1 - a) / a), xp.zeros(self.T + 1)
         self.s[2:] = xp.log((1 - self.alpha_bar[2:]) / (1 - self.before[2:]))
 
@@ -351,9 +356,9 @@ class Diffusion:
 
     def until(self, sigma):
         """The diffusion of numbers that ends where noise is sigma times as strong as the data: its
-        x_T is (x_0 + sigma eps) / sqrt(1 + sigma^2). A sigma below the noise at t = 2, or above
-        that at T, is replaced by that noise. Its times lie evenly between 1 and the fraction of t
-        with this noise, so that its steps are as long as those the network knows."""
+        x_T is (x_0 + sigma eps) / sqrt(1 + sigma^2), sigma > 0. A sigma below the noise at t = 2,
+        or above that at T, is replaced by that noise. Its times lie evenly between 1 and the t, not
+        a whole number, that has this noise, so that its steps are as long as the network knows."""
         t, level = np.arange(1, self.T + 1), to_host(self.level)[1:]
         last = max(2.0, np.interp(2 * math.log(sigma), level, t))
         levels = np.interp(np.linspace(1, last, round(last)), t, level)
@@ -364,8 +369,8 @@ class Gaussian(Diffusion):
     """The Gaussian diffusion, left column of Table App.1.
 
     x_t = cos phi_t x_0 + sin phi_t eps turns from data to noise, with cos^2 phi_t = alpha_bar_t.
-    The network predicts its velocity v* = dx_t / dphi = cos phi eps - sin phi x_0, of unit size at
-    every t, and u = E[(v* - v)^2 | x_t], how far off it is. z = (v, u), in float64, says
+    v is the network's guess of the velocity v* = dx_t / dphi = cos phi eps - sin phi x_0, which has
+    unit size at every t, and u its guess of its own error (v* - v)^2. z = (v, u), in float64, says
 
         x_0 ~ N(cos phi x_t - sin phi v, sin^2 phi u)
 
@@ -454,10 +459,10 @@ class Gaussian(Diffusion):
         cos, sin, before, beta_tilde, c = self._at(
             t, self.cos, self.sin, self.before, self.beta_tilde, self.c)
         x0, eps = cos * xt - sin * v, sin * xt + cos * v
-        along = xp.sqrt(xp.maximum(1 - before - eta ** 2 * beta_tilde, 0))
-        return Normal(xp, xp.sqrt(before) * x0 + along * eps, eta ** 2 * beta_tilde * (1 + c * u))
+        of_eps = xp.sqrt(xp.maximum(1 - before - eta ** 2 * beta_tilde, 0))
+        return Normal(xp, xp.sqrt(before) * x0 + of_eps * eps, eta ** 2 * beta_tilde * (1 + c * u))
 
-    def guided(self, p, t, g, p_x0, given):
+    def guided(self, p, t, g, prior, given):
         """Given r, the mean of x_0 moves by g sin^2 phi / cos phi, since E[x_0 | x_t] is (x_t +
         sin^2 phi grad log q(x_t)) / cos phi (Tweedie), and f_mu with it, by g beta_t / sqrt(1 -
         beta_t); for small steps that is eq. 61, g f_sigma. Given x_t, x_0 has a deviation of sin
@@ -467,7 +472,7 @@ class Gaussian(Diffusion):
         xp, (cos, sin, from_x0) = self.xp, self._at(t, self.cos, self.sin, self.from_x0)
         gain = sin ** 2 / xp.where(cos > 0, cos, math.inf)  # alpha_bar_T = 0: x_T says nothing
         move = xp.clip(gain * g, -5 * sin, 5 * sin)
-        move = xp.where(given.variance > 0, move, given.mean - p_x0.mean)
+        move = xp.where(given.variance > 0, move, given.mean - prior.mean)
         return from_x0 * move / p.variance
 
     def kl(self, x0, xt, t, z, v_weight=None):
@@ -498,11 +503,11 @@ class Gaussian(Diffusion):
     def decode(self, x0, x1, z):
         """-log P of bytes x0 that were not dequantised (DDPM eq. 13), nats (n,), and dz. P is
         p_x0, integrated over the grey level of x_0; the first and the last level are open
-        outwards. With a, b = (x_0 -+ half - mu) / sigma
+        outwards. With a, b = (x_0 -+ half - mu) / sigma, the normal density N and its integral Phi
 
             P = Phi(b) - Phi(a)
-            d(-log P) / dmu = (Phi'(b) - Phi'(a)) / (P sigma)
-            d(-log P) / dsigma^2 = (b Phi'(b) - a Phi'(a)) / (2 P sigma^2)"""
+            d(-log P) / dmu = (N(b) - N(a)) / (P sigma)
+            d(-log P) / dsigma^2 = (b N(b) - a N(a)) / (2 P sigma^2)"""
         xp, p = self.xp, self.p_x0(x1, self.xp.ones(len(x1), int), z)
         special = importlib.import_module("scipy.special" if xp is np else "cupyx.scipy.special")
         sin, sigma = self.sin[1], xp.sqrt(p.variance)
@@ -600,7 +605,7 @@ class Binomial(Diffusion):
         slope = self._log_odds(1, t) - self._log_odds(0, t)
         return dodds * slope, dodds[..., None]
 
-    def guided(self, p, t, g, p_x0, given):
+    def guided(self, p, t, g, prior, given):
         """g itself, eq. 61: a bit has no way to go too far."""
         return g
 
@@ -637,7 +642,7 @@ class Binomial(Diffusion):
 
     def _H(self, x, a):
         """The entropy of bits kept with probability a that are 1 with probability x, (n,)."""
-        h = [float(entr(p.one) + entr(p.zero)) for p in (self._kept(0.0, a), self._kept(1.0, a))]
+        h = self._kept(self.xp.asarray([[0.0], [1.0]]), a).entropy()
         return (x * h[1] + (1 - x) * h[0]).sum(1)
 
     def H_q(self, t, x0):
@@ -685,8 +690,8 @@ class Tape:
         self.xp, self.theta, self.dtheta, self.saved, self.flop = xp, theta, dtheta, [], 0
 
     def save(self, a):
-        """Leaves a for backward. Without one a is free at once, and its memory is in the cache for
-        the next layer: that saves a fifth of the time."""
+        """Keeps a for backward. Where none follows, a is free at once and the next layer finds its
+        memory in the cache: that saves a fifth of the time."""
         if self.dtheta is not None:
             self.saved.append(a)
 
@@ -722,7 +727,7 @@ def pieces(n, pixels, at_once, xp):
 
 
 class Dense(Layer):
-    """y = x W + b at every pixel.        dW = x^T dy    db = sum dy    dx = dy W^T"""
+    """y = x W + b at every pixel.        dW = x' dy    db = sum dy    dx = dy W'"""
 
     def __init__(self, inputs, outputs, gain=1.0):
         self.shapes, self.gain = dict(W=(inputs, outputs), b=(outputs,)), gain
@@ -741,10 +746,10 @@ class Dense(Layer):
 
 
 class Conv3x3(Layer):
-    """y_i = sum_k x_{i+k} W_k: for every pixel i a sum over the nine pixels i + k around it, which
-    are zero beyond the border. Pixel i is the (8-k)-th neighbour of its own k-th neighbour, so that
+    """y_i = sum_k x_{i+k} W_k, where i + k, k = 0..8, is the k-th of the nine pixels around i, zero
+    beyond the border. Pixel i is the (8-k)-th of those around its own k-th, so that
 
-    dx_i = sum_k dy_{i+k} W_{8-k}^T        dW_{8-k}^T = sum_i dy_{i+k}^T x_i
+    dx_i = sum_k dy_{i+k} W_{8-k}'        dW_{8-k}' = sum_i dy_{i+k}' x_i
 
     With the nine pixels side by side (im2col) each of the three is one matrix product."""
 
@@ -766,7 +771,7 @@ class Conv3x3(Layer):
 
     @staticmethod
     def _turned(W):
-        """The W_{8-k}^T under each other, (9 outputs, inputs); of these, W again."""
+        """The W_{8-k}' under each other, (9 outputs, inputs); of these, W again."""
         return W.reshape(9, -1, W.shape[1])[::-1].transpose(0, 2, 1).reshape(-1, len(W) // 9)
 
     def forward(self, x, tape):
@@ -805,7 +810,9 @@ class Time(Layer):
 
 
 class Rectifier(Layer):
-    """y = (x + r) / 2, r = sqrt(x^2 + 1): a max(x, 0) without a corner.        dx = dy y / r"""
+    """y = (x + r) / 2, r = sqrt(x^2 + 1), a max(x, 0) without a corner (squareplus).
+
+    dx = dy y / r"""
 
     def forward(self, x, tape):
         r = tape.xp.sqrt(x * x + 1)
@@ -876,7 +883,7 @@ class Sum(Sequential):
 
 class Cells(Sequential):
     """f on a grid half as fine: 2 x 2 pixels become one cell with four times the channels, and back
-    again. An odd side is padded with a line of zeros.
+    again (space to depth). An odd side is padded with a line of zeros.
 
     y = up(f(down(x)))        dx = up(f'(down(dy))), since up and down are each other's backward"""
 
@@ -902,8 +909,9 @@ class Cells(Sequential):
 
 
 class Pooled(Cells):
-    """f on a grid `side` times as coarse: a cell has the mean of its pixels, a pixel the value of
-    its cell. The backward of this mean is the copy / side^2; of the copy, the mean times side^2."""
+    """f on a grid `side` times as coarse: a cell has the mean of its pixels (zeros beyond the
+    border), a pixel the value of its cell. The backward of this mean is the copy / side^2; of the
+    copy, the mean times side^2."""
 
     def __init__(self, side, *layers):
         super().__init__(*layers)
@@ -933,7 +941,9 @@ class Whole(Cells):
 # Features: what a network is told of each value x besides x itself
 
 class Waves(Layer):
-    """sin and cos of rate x, for each of the rates.        dx = sum rate (cos dsin - sin dcos)"""
+    """Fourier features: sin and cos of rate x, for each of the rates.
+
+    dx = sum rate (cos dsin - sin dcos)"""
 
     def __init__(self, rates):
         self.rates = [float(rate) for rate in rates]
@@ -1043,15 +1053,14 @@ class Epsilon(Velocity):
     deps = dv / cos     dx = -tan dv     dphi = (tan v - x) dv     dlevel = 1/2 sin cos dphi"""
 
     def forward(self, h, x, tape):
-        (cos, sin), h = angle(tape), h.copy()
-        v = (h[..., ::2] - sin * x) / cos
-        h[..., ::2] = v
+        (cos, sin), z = angle(tape), super().forward(h, x, tape)
+        z[..., ::2] = v = (h[..., ::2] - sin * x) / cos
         tape.save((x, v))
-        return super().forward(h, x, tape)
+        return z
 
     def backward(self, dz, tape):
-        dh, _ = super().backward(dz, tape)
         (cos, sin), (x, v), dv = angle(tape), tape.saved.pop(), dz[..., ::2]
+        dh, _ = super().backward(dz, tape)
         tape.dlevel += 0.5 * (sin * cos * (sin / cos * v - x) * dv).sum((1, 2, 3))
         dh[..., ::2] /= cos
         return dh, -sin / cos * dv
@@ -1075,13 +1084,13 @@ class PaperKernel:
         rho = 1 / (beta + (1 - beta) * e_h)
         tape.save((h, x, cos, sin, s, A, beta, e_h, k, rho))
         z = xp.empty_like(h)
-        z[..., ::2] = k * (rho * (x - h[..., ::2]) - x / (1 + xp.sqrt(1 - beta)))
+        z[..., ::2] = k * (rho * (x - h[..., ::2]) - x / (1 + cos / xp.sqrt(A)))
         z[..., 1::2] = (rho * xp.exp(s) - 1) / xp.expm1(s)
         return z
 
     def backward(self, dz, tape):
         xp, (h, x, cos, sin, s, A, beta, e_h, k, rho) = tape.xp, tape.saved.pop()
-        (dv, du), shrink, c = (dz[..., ::2], dz[..., 1::2]), xp.sqrt(1 - beta), xp.expm1(s)
+        (dv, du), shrink, c = (dz[..., ::2], dz[..., 1::2]), cos / xp.sqrt(A), xp.expm1(s)
         far = x - h[..., ::2]
         drho = dv * k * far + du * (1 + c) / c
         dh = xp.empty_like(h)
@@ -1132,13 +1141,12 @@ class Network:
 
 def time_layers(time):
     """The layers that make e (n, 1, 1, time) of the level."""
-    rates = np.exp(np.linspace(0, 5, 32)) / 40
+    rates = np.exp(np.linspace(0, 5, 32)) / 40  # from a turn in 250 levels to one in 1.7
     return Waves(rates), Dense(64, time), Rectifier(), Dense(time, time), Rectifier()
 
 
 def features(channels, scales, edges):
-    """A layer with x, sin and cos of 2^k pi x for k in scales, and its distances from edges side by
-    side; and its channels."""
+    """(layer, channels): x, sin and cos of 2^k pi x for k in scales, and Edges, side by side."""
     layers = [Identity()]
     if scales:
         layers.append(Waves([2.0 ** k * math.pi for k in scales]))
@@ -1182,10 +1190,10 @@ def unet(channels, readout, outputs, widths=(24, 48, 96), head=64, scales=(), ed
 
 
 def paper(channels, readout, outputs, pixels=1, pools=(1, 2, 4), maps=8, hidden=256, width=64,
-          bumps=10, first=-10.0, last=10.0):
+          bumps=10, lowest=-10.0, highest=10.0):
     """The paper's own (figure D.1, appendix D.2): a multi-scale convolution (mean-pool, convolve,
     upsample, sum) beside a dense path over all pixels; then the same small network at every pixel,
-    whose readouts are mixed by bumps of the noise level, from `first` to `last`."""
+    whose readouts are mixed by bumps of the noise level, from `lowest` to `highest`."""
     scales = Dense(channels, maps)
     if pixels > 1:
         scales = Sum(*[Pooled(side, Conv3x3(channels, maps)) for side in pools])
@@ -1193,7 +1201,8 @@ def paper(channels, readout, outputs, pixels=1, pools=(1, 2, 4), maps=8, hidden=
     body = Sequential(Beside(Sequential(scales, Rectifier()), dense, Identity()),
                       Dense(2 * maps + channels, width), Rectifier(),
                       Dense(width, width), Rectifier(),
-                      Dense(width, bumps * outputs * channels, gain=0), Bumps(bumps, first, last))
+                      Dense(width, bumps * outputs * channels, gain=0),
+                  Bumps(bumps, lowest, highest))
     return Network(body, readout)
 
 
@@ -1265,20 +1274,21 @@ class Optimiser:
     cosine over the second half of `steps`. average is the mean of theta over about the last tenth
     of the steps, at most 1000. theta is updated in place.
 
-    A step is `momentum`, `turn` of all matrices, in any shares, and `move`: see DPM.step."""
+    A step is `momentum`, `orthogonalise` of all matrices, in any shares, and `move`, see DPM.step.
+    """
 
     b1, b2, clip = 0.95, 0.99, 1.0
 
     def __init__(self, layers, theta, xp=np, lr=1e-3, steps=1000, warmup=200):
         self.theta, self.average, self.xp, self.step = theta, theta.copy(), xp, 0
         self.lr, self.steps, self.warmup = lr, steps, warmup
-        self.m, self.v, self.n, self.turned = (xp.zeros_like(theta) for _ in range(4))
+        self.m, self.v, self.n, self.moves = (xp.zeros_like(theta) for _ in range(4))
         self.by_adam, self.matrices = xp.ones(theta.shape, bool), []
-        n, turned, by_adam = (views(layers, a) for a in (self.n, self.turned, self.by_adam))
+        n, moves, by_adam = (views(layers, a) for a in (self.n, self.moves, self.by_adam))
         for layer in layers:
             for name, shape in layer.shapes.items():
                 if len(shape) == 2 and min(shape) >= 16:
-                    self.matrices.append((n[layer][name], turned[layer][name]))
+                    self.matrices.append((n[layer][name], moves[layer][name]))
                     by_adam[layer][name][...] = False
 
     def rate(self):
@@ -1302,20 +1312,20 @@ class Optimiser:
             n[...] = m + (1 - self.b1) * (g - m)
         return norm
 
-    def turn(self, share):
+    def orthogonalise(self, share):
         """Makes the moves of the matrices in a slice of all."""
         chosen = self.matrices[share]
-        for (n, turned), move in zip(chosen, orthogonal([n for n, _ in chosen], self.xp)):
-            turned[...] = 0.2 * math.sqrt(max(n.shape)) * move
+        for (n, move), a in zip(chosen, orthogonal([n for n, _ in chosen], self.xp)):
+            move[...] = 0.2 * math.sqrt(max(n.shape)) * a
 
-    def move(self, turned):
-        """Ends a step. turned: the moves of all matrices, as turn makes them."""
+    def move(self, moves):
+        """Ends a step. moves: those of all matrices."""
         unbias, scale = 1 / (1 - self.b1 ** (self.step + 1)), 1 / (1 - self.b2 ** self.step)
         rate, follow = self.rate(), max(1e-3, 1 / (10 + self.step / 10))
-        for theta, average, n, v, by_adam, direction in self.chunks(
-                self.theta, self.average, self.n, self.v, self.by_adam, turned):
+        for theta, average, n, v, by_adam, muon in self.chunks(
+                self.theta, self.average, self.n, self.v, self.by_adam, moves):
             adam = unbias * n / (self.xp.sqrt(scale * v) + 1e-8)
-            theta -= rate * self.xp.where(by_adam, adam, direction)
+            theta -= rate * self.xp.where(by_adam, adam, muon)
             average += follow * (theta - average)
 
 
@@ -1330,8 +1340,8 @@ OBJECTIVES = "K", "focused", "simple", "mean"
 
 def objective(kind, q):
     """What training descends, as tables over t (T + 1,): frequency, t is drawn in proportion to it,
-    on the host; weight, of the loss of a drawn t; v_weight, of (v - v*)^2 in this loss, or None: it
-    is the KL. All kinds are one squared error, so they have the same minimiser, with a weight of
+    on the host; weight, of the loss of a drawn t; v_weight, of (v - v*)^2 in this loss, or None for
+    the KL's own. All kinds are one squared error, so they have the same minimiser, with a weight of
 
     K        1/2 c_t / (1 + c_t u), and the terms in u: eq. 14
     focused  K's, times 1 + 8 exp(-(level_t + 1)^2 / 25), by which t is drawn as well, and
@@ -1342,7 +1352,7 @@ def objective(kind, q):
     mean     beta_t^2 alpha_bar_{t-1} / (1 - alpha_bar_t), that of mu~ - f_mu: DDPM eq. 8 without
              its factor 1 / (2 sigma_t^2)
 
-    All but K's are scaled to K's in the mean over t. u (see Gaussian) always descends the KL.
+    All but K's are scaled to K's, for u = 0, in the mean over t. u always descends the KL.
     InputError for an unknown kind."""
     xp = q.xp
     t = xp.arange(q.T + 1)
@@ -1397,11 +1407,11 @@ class Alone:
 class DPM:
     """A diffusion and a network. With them are kept the shape (H, W, C) of the data, shift and
     scale, by which samples get the data's units (raw = x scale + shift), and `about`, a dict of
-    what else is to be known of the run. learned: a LearnedSchedule, or None.
+    what else is to be known of the run. learned: a LearnedSchedule (chapter 4), or None.
 
     A batch is dealt out in shares, one for each thread of each rank of `comm` (MPI): example i goes
-    to share i mod (number of shares). Noise and the order of sums depend on this number alone: 2
-    ranks of 1 thread give the same bits as 1 rank of 2."""
+    to share i mod (number of shares). Noise depends on this number alone, sums too, up to rounding;
+    2 ranks of 1 thread give the same bits as 1 rank of 2."""
 
     def __init__(self, diffusion, network, shape, shift=0.0, scale=1.0, about=None, threads=None,
                  dtype="float32", seed=0, theta=None, learned=None, comm=None):
@@ -1460,7 +1470,7 @@ class DPM:
             alpha_bar = self.learned.forward(self.weights[self.learned]["psi"])
             self.diffusion = type(self.diffusion)(alpha_bar, self.xp, **self.diffusion.config)
 
-    # Shares and pieces: the only place that knows of them
+    # Shares of a batch, one for each thread, and their slices
 
     def deal(self, work, n, all_ranks=False):
         """Calls work(tape, share, cuts) in every thread: share is slice(i, n, shares), every
@@ -1470,21 +1480,17 @@ class DPM:
         shares = self.comm.size * self.threads if all_ranks else self.threads
 
         def run(tape, i):
-            cuts = self.slices(len(range(i, n, shares)))
+            cuts = pieces(len(range(i, n, shares)), self.shape[0] * self.shape[1], 6400, self.xp)
             work(tape, slice(i, n, shares), [
                 slice(i + cut.start * shares, i + cut.stop * shares, shares) for cut in cuts])
 
         jobs = [(tape, i) for i, tape in enumerate(self.tapes, first) if i < n]
-        if len(jobs) == 1:
+        if len(jobs) == 1:  # one thread, or a GPU: no detour through the pool
             return run(*jobs[0])
         jobs = [self.pool.submit(run, *job) for job in jobs]
         wait(jobs)  # for all, even if one fails: the next call needs their tapes
         for job in jobs:
             job.result()
-
-    def slices(self, n):
-        """n examples cut into slices that fit the cache; one slice on a GPU."""
-        return pieces(n, self.shape[0] * self.shape[1], 6400, self.xp)
 
     def forward_here(self, x, t, tape):
         """The network's z (n, D, outputs) for x (n, D) and t (n,), in one thread."""
@@ -1552,8 +1558,8 @@ class DPM:
         t = rng.permuted(t, axis=1)  # no example may always have small t, or large ones
         if q.discretised:
             t = np.concatenate([t, np.ones((1, n), int)])
-        times = np.where(np.arange(T + 1) > 1, (T - 1) / draws, 1.0)
-        kls, (kl, entropy, distortion) = np.zeros(n), np.zeros((3, T + 1))
+        factor = np.where(np.arange(T + 1) > 1, (T - 1) / draws, 1.0)
+        kl_each, (kl, entropy, distortion) = np.zeros(n), np.zeros((3, T + 1))
         blocks = range(0, n, batch)
         own = list(zip(blocks, rng.spawn(len(blocks))))[self.comm.rank::self.comm.size]
         for i, block_rng in progress(own):
@@ -1563,14 +1569,14 @@ class DPM:
                 noise = q.distribution.noise(x.shape, block_rng)
                 xt = q.q_jump(x, t_x).draw(xp.asarray(noise))
                 z = self.forward(xt, t_x)
-                loss = to_host(self._loss(x, xt, t_x, z)[0]) * times[row]
-                kls[i:i + batch] += loss
+                loss = to_host(self._loss(x, xt, t_x, z)[0]) * factor[row]
+                kl_each[i:i + batch] += loss
                 kl += np.bincount(row, loss, T + 1) / n
                 square = ((q.p_x0(xt, t_x, z).mean - x) ** 2).mean(1)
                 distortion += np.bincount(row, to_host(square), T + 1)
                 H = q.p_back(xt, xp.maximum(t_x, 2), z).entropy()
                 entropy += np.bincount(row, to_host(H), T + 1)
-        kls, kl, entropy, distortion = map(self.comm.sum, (kls, kl, entropy, distortion))
+        kl_each, kl, entropy, distortion = map(self.comm.sum, (kl_each, kl, entropy, distortion))
         entropy[:2] = math.nan  # p(x_0 | x_1) is not one of the T - 1 steps
         count = np.bincount(t.ravel(), minlength=T + 1)
         entropy, distortion = (np.where(count, total, math.nan) / np.maximum(count, 1)
@@ -1579,7 +1585,7 @@ class DPM:
         parts = dict(L_T=q.kl_to_pi(T, x0)) if q.discretised else dict(
             H_q_T=q.H_q(T, x0), H_q_1=q.H_q(1, x0), H_p_T=q.H_p(x0))
         parts, null = {name: to_host(a) for name, a in parts.items()}, to_host(q.log_null(x0))
-        each = sum(a if name == "H_q_T" else -a for name, a in parts.items()) - kls
+        each = sum(a if name == "H_q_T" else -a for name, a in parts.items()) - kl_each
 
         def se(values):
             return float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
@@ -1627,9 +1633,7 @@ class DPM:
         for grad in self.grads:
             grad[...] = 0
         self.deal(work, n, all_ranks=True)
-        for grad in self.grads[1:]:
-            self.grads[0] += grad
-        self.grad, loss = self.comm.sum(self.grads[0]), self.comm.sum(loss)
+        self.grad, loss = self.comm.sum(sum(self.grads)), self.comm.sum(loss)
         return t, loss / chance
 
     def optimiser(self, **options):
@@ -1639,9 +1643,9 @@ class DPM:
     def step(self, optimiser):
         """One step against self.grad; returns its norm. Shares take the matrices in turn."""
         norm = optimiser.momentum(self.grad)
-        self.deal(lambda tape, share, cuts: optimiser.turn(share), len(optimiser.matrices),
+        self.deal(lambda tape, share, cuts: optimiser.orthogonalise(share), len(optimiser.matrices),
                   all_ranks=True)
-        optimiser.move(self.comm.sum(optimiser.turned))
+        optimiser.move(self.comm.sum(optimiser.moves))
         self.follow_schedule()
         return norm
 
@@ -1655,7 +1659,8 @@ class DPM:
         steps   use this many of the T steps, see Diffusion.shortened
         eta     from 0, no noise, to 1, the model's, see Gaussian.p_back
         batch   chains at a time; None: as many as have 2^16 numbers, on a GPU 2^20
-        keep    times t in 1..T whose x_t are wanted too: then the result is (samples, {t: x_t})
+        keep    times t in 1..T, or 1..steps, whose x_t are wanted too: the result is (samples,
+                {t: x_t})
         first   begin with sample number `first`, so that many can be drawn part by part
         x_T     (number, D) to start from, where they are not drawn from pi
 
@@ -1684,14 +1689,13 @@ class DPM:
         return self.xp.asarray(np.concatenate(drawn))
 
     def chains(self, draw_batch, number, seed, batch, keep, progress, first=0, particles=1):
-        """All samples, `batch` chains at a time, dealt out to the ranks; a sample is so many
-        `particles`, chains of its own. draw_batch(rngs, rows, tick) gives {t: x_t} of the samples
-        in the slice rows, for t = 0 and those in keep; rngs are their generators, one each, and it
-        calls tick() at every t."""
+        """All samples, `batch` chains at a time, dealt out to the ranks; a sample has `particles`
+        chains. draw_batch(rngs, rows, tick) gives {t: x_t} of the samples in the slice rows, for
+        t = 0 and those in keep; rngs are their generators, one each; it calls tick() at every t."""
         usual = max(self.threads, (2 ** 16 if self.xp is np else 2 ** 20) // self.D)
         batch = max(1, (batch or usual) // particles)
         starts = list(range(0, number, batch))[self.comm.rank::self.comm.size]
-        kept = {t: np.zeros((number, self.D)) for t in (0, *keep)}
+        kept = {t: np.zeros((number, self.D)) for t in {0, *keep} if t <= self.T}
         ticks = iter(progress(range(self.T * len(starts))))
         for start in starts:
             rows = slice(start, min(start + batch, number))
@@ -1829,7 +1833,7 @@ class Observation:
     values in between denoise. InputError where this makes no sense."""
 
     def __init__(self, y, sigma, xp=np):
-        y, sigma = np.asarray(y, np.float64), np.asarray(sigma, np.float64)
+        y, sigma = (np.asarray(to_host(a), np.float64) for a in (y, sigma))
         try:
             sigma = np.broadcast_to(sigma, y.shape)
         except ValueError:
@@ -1856,17 +1860,16 @@ class Observation:
         """What the distributions of q take in `times`, for r^power: y and a variance, or the log of
         r at 0 and at 1, up to a constant. InputError for a known bit that is neither."""
         xp = q.xp
+        sigma = self.sigma if power > 0 else xp.full(self.sigma.shape, math.inf)  # r^0 = 1
         if q.distribution is Normal:
-            if power == 0:
-                return self.y, xp.full(self.sigma.shape, math.inf)
-            return self.y, self.sigma ** 2 / power
+            return self.y, sigma ** 2 / power
         if bool(((self.sigma == 0) & (self.y != 0) & (self.y != 1)).any()):
             raise InputError("a known bit must be 0 or 1")
         with np.errstate(divide="ignore", invalid="ignore"):  # sigma = 0: log r is 0 or -inf
-            log_r = [-xp.where(self.y == x, 0.0, 0.5 * ((x - self.y) / self.sigma) ** 2)
+            log_r = [-xp.where(self.y == x, 0.0, 0.5 * ((x - self.y) / sigma) ** 2)
                      for x in (0, 1)]
         top = xp.maximum(*log_r)
-        return [power * (a - top) if power > 0 else 0 * top for a in log_r]
+        return [power * (a - top) for a in log_r]
 
     def log_r(self, q, x, power=1.0):
         """log r(x)^power, nats (n,), up to a constant; a known number counts 0, wherever x is."""
@@ -1903,8 +1906,8 @@ class Function:
         return self._checked(self._gradient(x), x.shape, "gradient", x)
 
     def averaged(self, p):
-        """log E[r(x)] (n,) for x with distribution p, and its gradient in the mean of p (n, D),
-        where r changes only along its gradient at the mean: sums over p.along. (r at the mean alone
+        """log E[r(x)] (n,) for x with distribution p, and its gradient in the mean of p (n, D), as
+        if r changed only along its gradient at the mean: sums over p.along. (r at the mean alone
         would be as narrow where much is still open as where nothing is.)"""
         x, log_w = p.along(self.gradient(p.mean))
         rows = x.reshape(-1, x.shape[2])
@@ -1922,11 +1925,11 @@ DECISIVE = -2, 4
 
 class Contrast:
     """(p / p_weak)^w, for clearer samples. weak: a DPM of the same data with fewer weights and less
-    training. It makes the errors of the model, only larger; so we step away from it (Karras et al.
-    2024, arXiv 2406.02507). p(x_0) has a bound and no value, so each step is multiplied, not x_0:
-    at the DECISIVE levels p(x_{t-1} | x_t) becomes p^(1 + w) / p_weak^w, normalised, p_weak with
-    the variance of p. The samples vary less; of which distribution they are, nobody knows; above
-    w = 3 some of them go astray. InputError unless w is finite and 0 or more."""
+    training. It makes the errors of the model, only larger; so we step away from it (autoguidance,
+    Karras et al. 2024, arXiv 2406.02507). p(x_0) has a bound and no value, so each step is
+    multiplied, not x_0: at the DECISIVE levels p(x_{t-1} | x_t) becomes p^(1 + w) / p_weak^w,
+    normalised, p_weak with the variance of p. The samples vary less; of which distribution they
+    are, nobody knows; above w = 3 some go astray. InputError unless w is finite and 0 or more."""
 
     def __init__(self, weak, w):
         if not 0 <= w < math.inf:
@@ -1945,35 +1948,35 @@ R_SCHEDULES = ("predicted", "constant", "annealed")
 class Posterior:
     """p(x_0) r(x_0): each p(x_{t-1} | x_t) of a model times r_{t-1}(x_{t-1}), normalised. r is an
     Observation, a Function, or a list of them: their product; in the list a Contrast multiplies the
-    decisive steps as well. r_0 = r, and r_t is by `schedule`
+    decisive steps as well. r_0 = r, and r_t is by r_schedule
 
         constant   r                    eq. 23
         annealed   r^((T - t) / T)      section 2.5
         predicted  E[r(x_0) | x_t], x_0 as x0_for_r has it, with coordinates independent
 
-    constant and annealed multiply by an Observation in closed form. predicted tilts each step by
-    the gradient of log r_t through the network (eq. 61), so that a known coordinate moves all
-    others (as in Ho et al. 2022, Song et al. 2023), and multiplies only the last step by r. This
-    takes almost 3 times as long.
+    constant and annealed multiply by an Observation in closed form, and tilt by the gradient of a
+    Function at the mean (eq. 61). predicted tilts each step by the gradient of log r_t through the
+    network, so that a known coordinate moves all others (reconstruction guidance, Ho et al. 2022,
+    Song et al. 2023), and multiplies only the last step by r. This takes almost 3 times as long.
 
     Eq. 22 divides each product by Z(x_t) = int p(x_{t-1} | x_t) r_{t-1}(x_{t-1}) dx_{t-1} as if
     this were r_t(x_t). Z / r_t is the weight of the step. With `particles` > 1 a sample is one of
     so many chains, which are drawn anew where their weights become uneven: exact in the limit of
     many, if no r_t excludes what r allows (constant and annealed do, for a known value).
 
-    A step from a level in DECISIVE is made `repeats` times, each time after q_step has led from
-    x_{t-1} up to another x_t. With exact steps this is Gibbs sampling of (x_{t-1}, x_t), and x_t
-    forgets what earlier steps did wrong (as in Lugmayr et al. 2022, arXiv 2201.09865).
+    A step from a level in DECISIVE is made `repeats` times; before each but the first, q_step leads
+    from x_{t-1} up to another x_t. With exact steps this is Gibbs sampling of (x_{t-1}, x_t), and
+    x_t forgets what earlier steps did wrong (as in Lugmayr et al. 2022, arXiv 2201.09865).
     InputError for another schedule, fewer than one particle or repeat, an r of another type, or
     particles together with repeats or a Contrast."""
 
-    def __init__(self, model, r, schedule="predicted", particles=1, repeats=1):
-        if schedule not in R_SCHEDULES:
-            raise InputError(f"no r-schedule '{schedule}': choose {', '.join(R_SCHEDULES)}")
+    def __init__(self, model, r, r_schedule="predicted", particles=1, repeats=1):
+        if r_schedule not in R_SCHEDULES:
+            raise InputError(f"no r-schedule '{r_schedule}': choose {', '.join(R_SCHEDULES)}")
         if min(particles, repeats) < 1:
             raise InputError(f"particles and repeats must be 1 or more, not {particles}, {repeats}")
         r = list(r) if isinstance(r, (list, tuple)) else [r]
-        self.model, self.schedule = model, schedule
+        self.model, self.r_schedule = model, r_schedule
         self.particles, self.repeats = particles, repeats
         self.observations = [o for o in r if isinstance(o, Observation)]
         self.functions = [f for f in r if isinstance(f, Function)]
@@ -2022,8 +2025,8 @@ class Posterior:
                 g[i] = dx + model.backward_here(dz, tape)
 
         model.deal(work, len(x))
-        p, p_x0 = q.p_back(x, t_x, z), q.x0_for_r(x, t_x, z)
-        return p, log_r, q.guided(p, t_x, g, p_x0, self.given(p_x0)[0])
+        p, prior = q.p_back(x, t_x, z), q.x0_for_r(x, t_x, z)
+        return p, log_r, q.guided(p, t_x, g, prior, self.given(prior)[0])
 
     def sample(self, number, seed=0, steps=None, batch=None, keep=(), progress=iter, first=0):
         """Samples (number, D); the arguments are those of DPM.sample. The y of an Observation is
@@ -2048,7 +2051,7 @@ class Posterior:
         """The model's p(x_{t-1} | x_t = x), t >= 1; log r_t(x) (n,); and the g to tilt p by, or
         None where p is to be multiplied by r_{t-1}."""
         model, q = self.model, self.model.diffusion
-        if self.schedule != "predicted" or not self.observations + self.functions:
+        if self.r_schedule != "predicted" or not self.observations + self.functions:
             return model.p_back(x, t), self._log_r(x, t), None
         if t > 1:
             return self.predicted(x, t)
@@ -2071,7 +2074,7 @@ class Posterior:
         return low <= float(self.model.diffusion.level[t]) <= high
 
     def _power(self, t):
-        return 1 - t / self.model.T if self.schedule == "annealed" else 1.0
+        return 1 - t / self.model.T if self.r_schedule == "annealed" else 1.0
 
     def _log_r(self, x, t):
         """log r_t(x) (n,), up to a constant, of constant and annealed; and of any at t = 0."""
@@ -2108,7 +2111,7 @@ class Posterior:
             return xp.asarray(rows)
 
         pi = model.diffusion.pi((n * N, model.D))
-        if self.schedule == "predicted":
+        if self.r_schedule == "predicted":
             x, log_p = pi.draw(model.noise(rngs, N)), 0.0
         else:
             x, log_p = self._draw(pi, model.T, None, rngs)
@@ -2207,8 +2210,8 @@ def build(diffusion, shape, about, learned=False, **options):
     if predict == "eps" and float(diffusion.alpha_bar[-1]) == 0:
         raise InputError("eps^ says nothing of x_0 where alpha_bar_T = 0: predict v")
     if network == "paper":
-        first, last = (float(diffusion.level[t]) for t in (1, -1))
-        sizes = dict(sizes, pixels=H * W, first=first, last=10.0 if learned else last)
+        lowest, highest = (float(diffusion.level[t]) for t in (1, -1))
+        sizes = dict(sizes, pixels=H * W, lowest=lowest, highest=10.0 if learned else highest)
     readout = READOUTS["bits" if isinstance(diffusion, Binomial) else predict]()
     made = NETWORKS[network](C, readout, diffusion.outputs, **sizes)
     beta_1 = 1 - float(diffusion.alpha_bar[1])
@@ -2223,7 +2226,8 @@ def load(path, xp=np, threads=None, comm=None):
 
 def resume(path, xp=np, comm=None, **options):
     """The model in a checkpoint as its training left it, and the Optimiser to go on with; options
-    are Optimiser's. InputError as for load, and if the number of ranks does not fit."""
+    are Optimiser's. InputError as for load, for a model without the state of its training, and for
+    a number of ranks that does not fit."""
     content, ranks = _read(path), comm.size if comm else 1
     if "theta" not in content:
         raise InputError(f"{path}: holds a finished model without the state of its training; it "
