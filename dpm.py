@@ -542,7 +542,10 @@ class Gaussian(Diffusion):
         a = float(self.alpha_bar[t])
         return -0.5 * (a * x0 ** 2 + 1 - a + math.log(2 * math.pi)).sum(1)
 
-    log_null = Diffusion.log_pi
+    def log_null(self, x):
+        """log pi; with a decoder, of bytes, times the width of a grey level."""
+        width = 2 * self.half if self.discretised else 1.0
+        return self.log_pi(x) + x.shape[1] * math.log(width)
 
     def pi(self, shape):
         """N(0, I)."""

@@ -6,10 +6,11 @@
   python sample.py --denoise 1    # test images under noise as strong as the data
   python sample.py --inpaint center --hole 100 --input photo.png   # of any size
 
-Writes NAME.png and NAME.npz, the arrays behind it in the data's units: samples,
-and for posterior samples truth, given, unknown; for images also nearest, the
-training images nearest to them. The shipped digits are sharpened: --sharpen 0
-draws from p itself.
+Writes NAME.png and NAME.npz, the arrays behind it in the data's units (bytes plus
+their noise in [0, 1): round them down): samples; with --inpaint and --denoise also
+truth, given, and unknown or mean; for images from files also nearest, the training
+images nearest to samples. The shipped digits are sharpened: --sharpen 0 draws from
+p itself.
 """
 import signal
 
@@ -30,20 +31,20 @@ from data import evaluation, figures, observations, runs, sampling
 
 NUMBER = dict(images=64, sequences=40, points=2000)             # of free samples
 SIGMA = 1e-6, 1e6               # of --denoise, at least and at most
-MOST_D = 1024                   # dimensions of samples whose distance is measured, at most
 
 
 def arguments():
     p = runs.Parser("sample.py", __doc__)
     g = p.add_argument_group("what to draw")
     g.add_argument("--checkpoint", metavar="PATH", help="a checkpoint, or the directory of a run")
-    g.add_argument("--number", metavar="N", type=int, help="how many samples, or test examples")
+    g.add_argument("--number", metavar="N", type=int, help="how many samples (images 64, sequences "
+                   "40, points 2000), or test examples (6)")
     g.add_argument("--seed", metavar="N", type=int, default=0,
                    help="sample k depends on this and on k alone (0)")
     g.add_argument("--steps", metavar="S", type=int, help="use this many of the T steps "
-                   f"(posteriors of images: {sampling.STEPS}, with --repeats "
-                   f"{sampling.STEPS // 2}; free images: {evaluation.IMAGE_STEPS}; else, and of "
-                   "the paper's kernel, all)")
+                   f"(images: {evaluation.IMAGE_STEPS}; --inpaint {sampling.STEPS // 2}, or "
+                   f"{sampling.STEPS} without repeats; --denoise {sampling.STEPS}, less those "
+                   "above its noise; else, and of the paper's kernel, all)")
     g.add_argument("--eta", metavar="X", type=float, default=1.0,
                    help="noise of the steps: 1 the model's, 0 none, which is DDIM (1); below 1 "
                    "nothing is sharpened")
@@ -57,7 +58,7 @@ def arguments():
                      help=f"draw what is missing: {', '.join(observations.PARTS)}; a fraction of "
                      "the pixels; or a mask, a picture that is white there (left)")
     one.add_argument("--denoise", metavar="SIGMA", type=float, help="draw what is under noise of "
-                     "this standard deviation; the data's is 1")
+                     "this standard deviation; that of numbers is 1")
     g.add_argument("--hole", metavar="N", type=int,
                    help="--inpaint center: a hole of N x N pixels")
     g.add_argument("--input", metavar="FILE", nargs="+",
@@ -189,19 +190,21 @@ def main():
     if kind == "images" and dataset and dataset.train is not None and model.shape == whole.shape:
         near, distance = observations.nearest(dataset, sets["samples"][:sampling.SHOWN, 0])
         usual = observations.nearest(dataset, dataset.held_out(len(distance)))[1]
-        say(f"nearest training image: {distance.mean():.3f} away, root mean square in units of the "
-            f"data's deviation; for test images it is {usual.mean():.3f}")
+        say(f"nearest training image: {distance.mean():.3f} away, root mean square "
+            f"{observations.unit_of(model)}; for test images it is {usual.mean():.3f}")
         arrays["nearest"] = model.raw(near)
         if args.mode == "inpaint":
             extra["the training image nearest to the first of them"] = near[:, None]
     parts = itertools.chain([first], parts)
     if model.comm.rank > 0:
-        return list(map(len, parts))                # the first rank writes
+        for _ in parts:                             # all ranks draw, and the first writes
+            pass
+        return
 
     shape = (number, *[draws] * (not free), model.D)
     runs.write_arrays(paths[".npz"], shape, map(model.raw, parts), arrays)
     test = dataset.held_out(evaluation.MEASURED) if free and "nearest" in arrays else ()
-    if 40 <= len(test) <= len(first) and model.D <= MOST_D:
+    if 40 <= len(test) <= len(first) and model.D <= evaluation.MOST_D:
         found = evaluation.distances(dataset, first[:len(test)], test)
         say(f"Frechet distance of {len(test)} samples from training images: {found['frechet']:.1f};"
             f" of as many test images it is {found['frechet_test']:.1f}")

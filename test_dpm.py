@@ -1378,13 +1378,13 @@ def test_numbers_beside_the_truth():
 
 
 def test_rate_and_distortion(tmp_path):
-    """Whoever has x_t has paid for steps t + 1..T. Ten rows, of all steps made so far."""
+    """Whoever has x_t has paid for steps t + 1..T. Ten rows at most, of all steps made so far."""
     kl, distortion = np.arange(11.0) * LN2 * 5, np.arange(11.0) ** 2
     for first in (1, 2):  # t = 1 is seen with a decoder only
         distortion[:first] = math.nan
         rows = figures.rate_distortion(dict(kl=kl, distortion=distortion), 5, 40.0,
                                        tmp_path / "rate.png")
-        ts = [max(t, first) for t in range(10, 0, -1)]
+        ts = range(10, first - 1, -1)
         close(rows, [(t, sum(range(t + 1, 11)), 40 * t) for t in ts])
 
 
@@ -1398,7 +1398,7 @@ def test_the_report_of_posterior_samples():
     given, args = np.where(unknown, np.nan, truth), types.SimpleNamespace(input=None)
     told = " ".join(observations.report(model, args, truth, given, unknown, samples, None))
     apart = np.mean([[samples[i, :, j].std() for j in (0, 2)] for i in range(3)])
-    assert f"changed by 0.25; missing ones: {apart:.3f} apart" in told
+    assert f"changed by 0.25; missing ones: deviation {apart:.3f} between samples" in told
     for name, x in (("mean of 5 samples", samples.mean(1)), ("one sample", samples[:, 0])):
         mse = np.mean([(x[i, j] - truth[i, j]) ** 2 for i in range(3) for j in (0, 2)])
         dB = 10 * math.log10(255 ** 2 / (mse * 40 ** 2))
@@ -2697,11 +2697,14 @@ def test_evaluate_again_and_compare(place):
     levels = model.normal(digits.test + 0.5)  # not dequantised: the middle of each
     K = model.bound(levels, dpm.generator(np, "bound"), 5)["K"] / LN2
     assert decoder["K_bits"] == approx(K, rel=1e-6)
+    p, step = model.diffusion.pi((1, 64)), 1 / model.scale  # L_null is of levels, not a density
+    L_null = (p.log_density(levels).mean() + 64 * math.log(step)) / LN2
+    assert decoder["L_null_bits"] == approx(L_null)
     assert "- L_0" in said.out and "discrete" in said.out
     rows = [line.split() for line in said.out.splitlines() if line.startswith("digits.npy  ")]
     assert len(rows) == 2 and (place.runs / "comparison.png").exists()
     assert (place.runs / "comparison-samples.png").exists()
-    assert {row[7] for row in rows} == {f"{r['K_bits']:.4f}" for r in (after, decoder)}
+    assert {row[7] for row in rows} == {f"{r['K_bits'] / 64:.4f}" for r in (after, decoder)}
 
 
 # Stopped, and resumed
@@ -2929,6 +2932,8 @@ def test_which_run_is_meant(place, monkeypatch):
         assert runs.free_directory("/data/one.npy") == pathlib.Path("runs") / name
         (place.runs / name).mkdir()
     assert runs.free_directory("swissroll:0.5").name == "swissroll-0.5"
+    (place.path / "pictures.v2").mkdir()
+    assert runs.free_directory(str(place.path / "pictures.v2")).name == "pictures.v2"
 
 
 def test_how_the_shipped_digits_are_drawn():

@@ -10,7 +10,7 @@
     python train.py --evaluate runs/mnist            # every number and picture of a trained model
     python train.py --evaluate runs/a runs/b         # of several: also K against T and schedule
     python train.py --benchmark                      # images/s, and how near the machine's limit
-    mpirun -n 2 python train.py --dataset mnist      # on more than one machine, with mpi4py
+    mpirun -n 2 python train.py --dataset mnist      # two processes, on one machine or several
 """
 import signal
 
@@ -60,11 +60,13 @@ def arguments():
     g.add_argument("--gpu", action=argparse.BooleanOptionalAction, help="use CuPy [if it works]")
     g.add_argument("--out", metavar="DIR", help="the run's directory [runs/<dataset>, -2, -3, ...]")
     g.add_argument("--resume", metavar="DIR", nargs="?", const="",
-                   help="go on with a run; of the training flags only --steps may differ")
+                   help="go on with a run [the newest]; of the training flags only --steps may "
+                   "differ")
     g.add_argument("--no-evaluate", action="store_true", help="only train")
     g.add_argument("--evaluate", metavar="DIR", nargs="+", help="only evaluate runs or checkpoint "
                    "files; --steps S ...: also shorter chains")
-    g.add_argument("--parzen", action="store_true", help="with --evaluate: the paper's Table 2")
+    g.add_argument("--parzen", action="store_true", help="with --evaluate: also the Parzen "
+                   "estimate of the paper's Table 2")
     g.add_argument("--benchmark", action="store_true", help="only measure the speed [mnist]")
     g = p.add_argument_group("training; defaults in brackets: vectors | images | binary vectors")
     g.add_argument("--steps", metavar="N", type=int, nargs="+",
@@ -74,7 +76,8 @@ def arguments():
     g.add_argument("--lr", metavar="X", type=float,
                    help=f"peak learning rate, see dpm.Optimiser {show('lr')}")
     g.add_argument("--seed", metavar="N", type=int, help="of weights, batches and noise [0]")
-    g.add_argument("--threads", metavar="N", type=int, help="of a process [its part of the cores]")
+    g.add_argument("--threads", metavar="N", type=int, help="of a process, for training [its part "
+                   "of the cores]")
     g.add_argument("--dtype", metavar="TYPE", choices=["float32", "float64"],
                    help="of the network: float32, float64 [float32]")
     g.add_argument("--crop", metavar="S", type=int, help="random S x S crops of larger pictures")
@@ -91,14 +94,15 @@ def arguments():
     g.add_argument("--schedule", metavar="NAME", choices=schedules,
                    help=f"of beta_t: {', '.join(schedules)} [logsnr; bits: cosine]")
     g.add_argument("--objective", metavar="NAME", choices=dpm.OBJECTIVES,
-                   help=f"what training descends: {', '.join(dpm.OBJECTIVES)} [K | focused | K]")
+                   help=f"of training: {', '.join(dpm.OBJECTIVES)} [images of numbers: focused; K]")
     g.add_argument("--variance", metavar="NAME", choices=["learned", "beta", "posterior"],
                    help="f_sigma: learned, beta, posterior [learned]")
     g.add_argument("--predict", metavar="NAME", choices=["v", "eps"],
                    help="what the network outputs: v, eps [v]")
     g.add_argument("--decoder", metavar="NAME", choices=["dequantised", "discretised"],
                    help="of bytes: dequantised, discretised [dequantised]")
-    g.add_argument("--rate", metavar="X", type=float, help="of ones in pi, for bits [the data's]")
+    g.add_argument("--rate", metavar="X", type=float, help="share of ones in pi, for bits "
+                   "[the data's]")
     g.add_argument("--help", "-h", action="help", help="this page")
     return p.parse_args()
 
@@ -111,16 +115,14 @@ def settings(args, dataset):
              if name in chosen and value is not None}
     chosen |= given | dict(steps=args.steps[0] if args.steps else chosen["steps"])
     chosen["network"] = chosen["network"] or ("mlp" if kind == "vector" else "unet")
+    sizes = dict(SIZES[chosen["network"]])
     if chosen["network"] == "unet":
-        chosen["widths"] = chosen["widths"] or list(SIZES["unet"]["widths"])
+        chosen["widths"] = sizes["widths"] = chosen["widths"] or list(sizes["widths"])
     if chosen["schedule"] == "learned" and "objective" not in given:
         chosen["objective"] = "K"
     if chosen["network"] == "paper" and "predict" not in given:
         chosen["predict"] = "paper"
     check(args, chosen, dataset)
-    sizes = dict(SIZES[chosen["network"]])
-    if chosen["widths"]:
-        sizes["widths"] = chosen["widths"]
     if dataset.binary:
         sizes.pop("scales", None)
     elif chosen["network"] != "paper":
@@ -199,11 +201,11 @@ def optimiser_options(chosen):
 def train(model, optimiser, dataset, out):
     """The loop. Everything random in step s depends on (seed, s) alone, so that a resumed run makes
     the same steps."""
-    xp, about, D, q = model.xp, model.about, model.D, model.diffusion
+    xp, about = model.xp, model.about
     number, steps, seed = about["batch_size"], about["steps"], about["seed"]
     log_every, leads = max(1, steps // 200), model.comm.rank == 0
-    tables = dpm.objective(about["objective"], q)
-    mean = xp.full((1, D), dataset.mean)
+    tables = dpm.objective(about["objective"], model.diffusion)
+    mean = xp.full((1, model.D), dataset.mean)
     checkpoint, stopped, saved_step, norm = out / "checkpoint.npz", [], optimiser.step, 0.0
     examples, kl = about.get("unlogged", (0, 0.0))  # not logged yet, and the sum of their KLs
     begun, saved_at = time.perf_counter() - about.get("seconds", 0.0), -math.inf
@@ -236,7 +238,7 @@ def train(model, optimiser, dataset, out):
             if xp is np or line_is_due:  # so as not to wait for a GPU at every step
                 check_finite(norm)
             if line_is_due:
-                climbed = evaluation.gain(model.diffusion, mean, D) - float(kl) / examples
+                climbed = evaluation.gain(model.diffusion, mean) - float(kl) / examples
                 row = [optimiser.step, f"{time.perf_counter() - begun:.1f}", f"{climbed / LN2:.5g}"]
                 if leads:
                     runs.log(out / "log.csv", row)

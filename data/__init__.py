@@ -30,11 +30,10 @@ import pathlib
 import numpy as np
 
 from .arrays import Crops, Data, blocks_of
-from .endless import DeadLeaves, Heartbeat, Mixture, Patterns, SwissRoll
+from .endless import DeadLeaves, Heartbeat, Mixture, SwissRoll
 from .files import IMAGES, one_line, printable, read, read_idx, read_pictures
 
-__all__ = ["load", "read_pictures", "printable", "Data", "Crops", "SwissRoll", "Heartbeat",
-           "DeadLeaves", "Mixture", "Patterns"]
+__all__ = ["load", "read_pictures", "printable", "SwissRoll", "DeadLeaves", "Mixture"]
 
 HERE = pathlib.Path(__file__).parent
 SHA256 = {"train": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -66,6 +65,7 @@ def load(name_or_path, crop=None, resize=None, flips=False):
         return dataset or _from_files(name, crop, resize, flips)
 
 
+# Class, type of the option, its default, least and most value, what the error says
 MADE = {"swissroll": (SwissRoll, float, 0.04, 1e-3, 1, "the noise of the roll is a number from "
                       "0.001 to 1, as in swissroll:0.002"),
         "deadleaves": (DeadLeaves, int, 32, 4, 256, "the side of the pictures is a whole number of "

@@ -16,7 +16,7 @@ def blocks_of(arrays):
         yield from np.array_split(array, min(len(array), 1 + (array.size >> 20)))
 
 
-def digest_of(*things):
+def fingerprint(*things):
     """sha256 of arrays, with their types and shapes, and of anything else by its repr."""
     total = hashlib.sha256()
     for thing in things:
@@ -57,7 +57,7 @@ class Data:
         self.name, self.train, self.test, self.shape = name, train, test, tuple(shape)
         self.flips, self.notes = flips, notes
         self._measure([train])
-        self.digest = digest_of(train, test, self.shape, flips)
+        self.digest = fingerprint(train, test, self.shape, flips)
 
     def _measure(self, parts):
         """Everything that follows from the values of the training part, in `parts`."""
@@ -102,15 +102,17 @@ class Data:
 
     def describe(self):
         """One line: what was assumed of this data."""
+        H, W, C = self.shape
+        of = f"{H} x {W} x {C}" if H * W > 1 else f"{C} numbers"
         return self._line(f"{len(self.train):,} training and {len(self.test):,} held-out examples "
-                          f"of {' x '.join(map(str, self.shape))}")
+                          f"of {of}")
 
     def _line(self, examples):
         low, high = self.range
         if self.binary:
             values = "zeros and ones"
         elif self.bytes:
-            values = f"bytes {low}..{high}, dequantised"
+            values = f"bytes {low}..{high}" + ", dequantised" * self.dequantise
         else:
             values = f"floating point {low:.4g} to {high:.4g}, taken as continuous"
         name = pathlib.Path(self.name).name or self.name
@@ -175,7 +177,8 @@ class Crops(Data):
     Held out by region: of each picture with room for both, a strip at the end of its longer side, a
     tenth of it or one crop wide, is the only source of test crops, and no training crop reaches
     into it. Of pictures without that room a tenth is held out whole. Test crops lie half a crop
-    apart, so neighbours share half of their pixels; at most 10,000, in random order.
+    apart, so neighbours share half of their pixels; at most 10,000, and 2 10^8 values, in random
+    order.
 
     The pictures stay on the host, where the crops are cut; `draw` gives NumPy arrays to move.
     """
@@ -189,7 +192,7 @@ class Crops(Data):
         order = generator(np, "test crops").permutation(int(tests.ends[-1]))
         self.test = tests[order[:max(1, min(10_000, 2 * 10 ** 8 // math.prod(self.shape)))]]
         self._measure(pictures)
-        self.digest = digest_of(*pictures, self.test, self.shape, flips)
+        self.digest = fingerprint(*pictures, self.test, self.shape, flips)
 
     def _set_aside(self, pictures, size):
         """(training pieces, test pieces): views of the pictures."""

@@ -6,7 +6,7 @@ from scipy.special import logsumexp, softmax
 
 from dpm import generator
 
-from .arrays import Data, digest_of
+from .arrays import Data, fingerprint
 
 
 class Mixture:
@@ -95,7 +95,7 @@ class SwissRoll(Endless):
         centres = (self._curve(points) - self._mean) / self._size
         self.truth = Mixture(centres / self.scale, noise / self.scale)
         self.detail = 0.1 * noise / self.scale
-        self.digest = digest_of("swiss roll", noise)
+        self.digest = fingerprint("swiss roll", noise)
 
     @staticmethod
     def _curve(u):
@@ -120,7 +120,7 @@ class Heartbeat(Endless):
     def __init__(self):
         self.name, self.shape, self.binary, self.mean = "heartbeat", (1, 1, 20), True, 0.2
         self.truth = Patterns((np.arange(20) % 5 == np.arange(5)[:, None]).astype(np.float64))
-        self.digest = digest_of("heartbeat", self.truth.patterns)
+        self.digest = fingerprint("heartbeat", self.truth.patterns)
 
     def describe(self):
         return "heartbeat: endless sequences of 20 zeros and ones, a one in every fifth"
@@ -176,11 +176,12 @@ class DeadLeaves(Endless):
         self.shift, self.scale = 128.0, math.sqrt(256 ** 2 / 12 * same)
         self.edges = tuple((level - self.shift) / self.scale for level in (0, 1, 255, 256))
         self.detail = 0.01 / self.scale
-        self.digest = digest_of("dead leaves", side, self.radii, self.grain)
+        self.digest = fingerprint("dead leaves", side, self.radii, self.grain)
 
     def describe(self):
         return (f"{self.name}: endless pictures of {self.side} x {self.side} x 1, discs of radius "
-                f"{self.radii[0]:.0f} to {self.radii[1]:.0f}, bytes 0..255, dequantised")
+                f"{self.radii[0]:.0f} to {self.radii[1]:.0f}, bytes 0..255"
+                + ", dequantised" * self.dequantise)
 
     def same_leaf(self, d):
         """The probability that points at a distance of d pixels (any array) show the same disc."""

@@ -18,6 +18,7 @@ from data import figures, runs
 
 LN2 = math.log(2)
 MEASURED = 500     # samples of images for their distance from training images, see distances
+MOST_D = 4096      # dimensions of such images, at most: the time goes with D^3
 IMAGE_STEPS = 250  # of T, for free samples of images: nobody sees a difference from using all
 
 
@@ -35,8 +36,8 @@ def evaluate(path, xp, chains=(), parzen=False, comm=None):
     if parzen and not (image and dataset.bytes and dataset.train is not None):
         raise dpm.InputError("--parzen is for images of bytes, whole and from a file, and "
                              f"{about['dataset']} has none")
-    # Enough for a standard error below 0.01 bits/dim, and every t is drawn equally often
-    x0 = dataset.held_out(10_000 if image else 16_000)
+    # Many examples, for a small standard error; of few, so many draws that every t comes twice
+    x0 = dataset.held_out(min(10_000, 2 ** 24 // D) if image else 16_000)
     draws = min(T - 1, max(5 if image else 40, -(-2 * T // len(x0))))
     if leads:
         runs.writable(out / "result.json")
@@ -98,13 +99,13 @@ def evaluate(path, xp, chains=(), parzen=False, comm=None):
     return out, result
 
 
-def gain(q, mean, D):
-    """What K - L_null would be if every KL were 0, for data of this mean (1, D) and variance 1."""
-    null = float(q.log_null(mean)[0]) - (0 if isinstance(q, dpm.Binomial) else 0.5 * D)
+def gain(q, mean):
+    """What K - L_null would be if every KL were 0, for bits of this mean (1, D), or for numbers of
+    mean 0 and variance 1."""
+    x0 = mean if isinstance(q, dpm.Binomial) else mean + 1  # numbers whose square is 1
     if q.discretised:
-        return -float(q.kl_to_pi(q.T, mean + 1)[0]) - null
-    ones = mean if isinstance(q, dpm.Binomial) else mean + 1  # second moment 1
-    return float((q.H_q(q.T, mean) - q.H_q(1, mean) - q.H_p(ones))[0]) - null
+        return -float((q.kl_to_pi(q.T, x0) + q.log_null(x0))[0])
+    return float((q.H_q(q.T, x0) - q.H_q(1, x0) - q.H_p(x0) - q.log_null(x0))[0])
 
 
 def progress_note(model, climbed):
@@ -122,7 +123,7 @@ def beside_the_truth(model, dataset, x0, found, bound):
     if dataset.binary:
         moments = functools.partial(moments, rate=q.rate)
     else:
-        few = max(500, 4000 * 2000 // len(dataset.truth.centres))  # each is a sum over the centres
+        few = min(few, max(500, 4000 * 2000 // len(dataset.truth.centres)))  # of so many terms each
     host = type(q)(dpm.to_host(q.alpha_bar), **q.config)
     best = bound(dpm.DPM(host, dpm.IdealNetwork(moments), model.shape), x0[:few], "bound K*")
     # With the same noise, so that points and noise cancel in the difference
@@ -164,9 +165,9 @@ def bits_of_bytes(model, bytes_, bound):
 
 def sample_measure(model, dataset):
     """How far samples are from training images, and as many test images, see distances; nothing
-    where fewer than 40 are held out."""
+    where fewer than 40 are held out, or images are large."""
     test = dataset.held_out(MEASURED)
-    if len(test) < 40:
+    if len(test) < 40 or model.D > MOST_D:
         return {}
     samples = model.sample(len(test), 1, progress=runs.progress(f"{len(test)} samples"))
     runs.finite(samples, "samples")
@@ -243,8 +244,7 @@ def draw(model, dataset, found, curves, entropies, result, out):
                 "samples": model.sample(2000, model.about["seed"])}
         figures.save_picture(figures.points_picture(model, sets), out / "samples.png")
     if dataset.truth:
-        x0 = model.xp.asarray(dataset.held_out(500))
-        figures.forgetting(model.diffusion, x0, out / "forgetting.png")
+        figures.forgetting(model.diffusion, dataset.held_out(500), out / "forgetting.png")
     if result.get("chains"):
         figures.against_steps(result["chains"], out / "steps.png")
     return table
@@ -255,7 +255,7 @@ def print_page(r, table, image, binary):
     unit = "bits/pixel" if image else "bits/sequence" if binary else "bits/point"
     if not binary and "L_T_bits" not in r:
         unit += " of normalised data (variance 1)"
-    per, steps = r["pixels"] if image else 1, f"t = 2..{r['timesteps']}"
+    per, steps = r["pixels"], f"t = 2..{r['timesteps']}"
 
     def line(name, value, se=None, note="", digits=4):
         error = " " * 10 if se is None else f" +- {se:.{digits}f}"
@@ -267,7 +267,7 @@ def print_page(r, table, image, binary):
 
     print(f"\n{r['dataset']}, T = {r['timesteps']}, {r['schedule']} schedule, network "
           f"{r['network']}, trained on {r['objective']}; {r['examples']} held-out examples; {unit}")
-    row("K", "K_bits", "lower bound on the mean log likelihood (eq. 14)")
+    row("K", "K_bits", "lower bound on the mean log likelihood (eq. 14), the sum of:")
     if "L_T_bits" in r:
         row("  - L_T", "L_T_bits", "KL[q(x_T|x_0) || pi] (DDPM eq. 5)", -1)
         line("  - sum L_t-1", -sum(r["kl_bits"][2:]) / per, note=steps)
@@ -294,10 +294,10 @@ def print_page(r, table, image, binary):
         row("the model's" if name == "model" else f"{name} bound", f"entropy_{name}_bits")
     if "estimate_1_bits" in r:
         print(f"log p(x_0) of {r['estimate_examples']} examples from S trajectories each "
-              "(eqs. 6-9): L_1 is K in the mean")
+              "(eqs. 6-9); S = 1 is K in the mean")
         for S in (1, 10, 100, 1000):
             gap, se = (r[f"L_minus_estimate_{S}_bits{end}"] for end in ("", "_se"))
-            row(f"L_{S}", f"estimate_{S}_bits", f"L - L_{S} = {gap:.4f} +- {se:.4f}")
+            row(f"  S = {S}", f"estimate_{S}_bits", f"below L by {gap:.4f} +- {se:.4f}")
         row("L of these", "estimate_L_bits")
     if "bits_per_dim" in r:
         kind = "discrete" if "L_T_bits" in r else "dequantised"
@@ -327,8 +327,8 @@ def print_page(r, table, image, binary):
 
 
 def compare(evaluated):
-    """Several runs, pairs of a directory and its result: a line for each; K against T; and of
-    images also samples."""
+    """Several runs, pairs of a directory and its result: a line for each, of a pixel where it is
+    images; K against T; and of images also samples."""
     how = dict(data=16, schedule=10, objective=11, variance=11, predict=9, decoder=13)
     print("\n" + "".join(f"{name:<{width}}" for name, width in how.items()) +
           f"{'T':>5}{'K':>12}{'+-':>8}{'K*':>10}{'K - L_null':>12}{'bits/dim':>10}{'discrete':>10}"
@@ -336,15 +336,16 @@ def compare(evaluated):
     evaluated = sorted(evaluated, key=lambda pair: [
         pair[1][name] for name in ("dataset", "schedule", "objective", "timesteps")])
     for _, r in evaluated:
-        r = r | dict(data=pathlib.Path(r["dataset"]).name)
+        r = r | dict(data=pathlib.Path(r["dataset"]).name[:15])
         if "L_T_bits" in r:
             r["discretised_bits_per_dim"] = r.pop("bits_per_dim")
+        K, se, gained = (r[f"K{end}"] / r["pixels"] for end in (
+            "_bits", "_bits_se", "_minus_L_null_bits"))
         K_star, bits, discrete, frechet = (f"{r[key]:.4f}" if key in r else "-" for key in (
             "K_star_bits", "bits_per_dim", "discretised_bits_per_dim", "frechet"))
         print("".join(f"{r[name]:<{width}}" for name, width in how.items()) +
-              f"{r['timesteps']:>5}{r['K_bits']:>12.4f}{r['K_bits_se']:>8.4f}{K_star:>10}"
-              f"{r['K_minus_L_null_bits']:>12.4f}{bits:>10}{discrete:>10}{frechet:>9}"
-              f"{r['seconds']:>9.0f}")
+              f"{r['timesteps']:>5}{K:>12.4f}{se:>8.4f}{K_star:>10}{gained:>12.4f}{bits:>10}"
+              f"{discrete:>10}{frechet:>9}{r['seconds']:>9.0f}")
     folder = pathlib.Path("runs")
     folder.mkdir(exist_ok=True)
     figures.comparison([r for _, r in evaluated], folder / "comparison.png")

@@ -8,6 +8,7 @@ import dpm  # before numpy, see there
 import csv
 import io
 import math
+import pathlib
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -31,11 +32,12 @@ def kind_of(model):
 def to_bytes(model, x, shape=None, like=None):
     """Normalised images (n, D) as uint8 pictures (n, H, W, C), gray where x is NaN, not known.
 
-    Bytes lose the fraction that dequantised them, bits become black and white, and other data is
-    stretched so that the least value of `like` (of x, if None) is black and the greatest white."""
+    Bytes lose the fraction that dequantised them; of bits a one is white, but black in sequences,
+    as in the paper's figure 2; other data is stretched so that the least value of `like` (of x, if
+    None) is black and the greatest white."""
     raw = model.raw(x)
     if model.about["binary"]:
-        raw = raw * 255
+        raw = (1 - raw if kind_of(model) == "sequences" else raw) * 255
     elif not model.about["bytes"]:
         among = raw if like is None else model.raw(like)
         low, high = float(np.nanmin(among)), float(np.nanmax(among))
@@ -180,7 +182,7 @@ def save_gif(frames, zoom, path, limit=3_000_000):
         (min(2, zoom), 30, 32), (1, 60, 64), (1, 30, 32), (0.5, 30, 32), (0.5, 15, 16),
         (0.25, 15, 16), (0.1, 10, 8)]
     for zoom, number, colours in smaller:
-        chosen = np.unique(np.linspace(0, len(frames) - 1, number).round().astype(int))
+        chosen = times(len(frames) - 1, number)[::-1]
         made = [zoomed(frames[i], zoom).quantize(colours, dither=Image.Dither.NONE) for i in chosen]
         duration = [round(4000 / len(made))] * (len(made) - 1) + [2000]
         content = io.BytesIO()
@@ -247,7 +249,7 @@ def rate_distortion(bound, D, scale, path):
     Whoever has x_t has paid for the KLs of steps t+1..T, the rate, and sees x_0^(x_t), which is off
     by the distortion. scale: the data's, which turns normalised units into grey levels 0..255.
 
-    Returns ten rows (t, rate in bits/dim, root mean square error), DDPM's Table 4."""
+    Returns at most ten rows (t, rate in bits/dim, root mean square error), DDPM's Table 4."""
     T = len(bound["kl"]) - 1
     seen = np.flatnonzero(~np.isnan(bound["distortion"]))[::-1]    # t = 1 only with a decoder
     paid = np.cumsum(np.append(0, bound["kl"][::-1]))[::-1] / LN2 / D    # for steps t..T
@@ -259,7 +261,7 @@ def rate_distortion(bound, D, scale, path):
         axis.plot(values[x], values[y])
         axis.set(xlabel=names[x], ylabel=names[y], ylim=(0, None))
     save_figure(figure, path)
-    rows = [int(np.abs(made - T * k / 10).argmin()) for k in range(1, 11)]
+    rows = sorted({int(np.abs(made - T * k / 10).argmin()) for k in range(1, 11)})
     return [(int(seen[i]), float(rate[i]), float(error[i])) for i in rows]
 
 
@@ -294,13 +296,15 @@ def comparison(results, path):
             curves.setdefault(f"{r['schedule']}, {r['objective']}, {r['network']}", []).append(r)
         for label, runs in curves.items():
             T = [r["timesteps"] for r in runs]
-            line, = axis.plot(T, [r["K_bits"] for r in runs], "o-", label=f"K, {label}")
+            line, = axis.plot(T, [r["K_bits"] / r["pixels"] for r in runs], "o-",
+                              label=f"K, {label}")
             if "K_star_bits" in runs[0]:
                 axis.plot(T, [r["K_star_bits"] for r in runs], "_:", ms=12, color=line.get_color(),
                           label="K*, the best there is")
         if "L_true_bits" in here[0]:
             axis.axhline(here[0]["L_true_bits"], color="k", lw=0.8, label="L, the data's own")
-        axis.set(xlabel="T", ylabel="bits", xscale="log", title=name.rpartition("/")[2])
+        axis.set(xlabel="T", ylabel="bits a pixel" if here[0]["pixels"] > 1 else "bits",
+                 xscale="log", title=pathlib.Path(name).name)
         every = sorted({r["timesteps"] for r in here})
         axis.set_xticks(every, every)
         axis.minorticks_off()
@@ -334,24 +338,24 @@ def forgetting(q, x, path):
     alpha_bar_t does, or its square, whether x_0 is data (n, D) or one point. Of numbers in one or
     two dimensions, also how the first coordinate is distributed on the way."""
     D, gaussian = x.shape[1], isinstance(q, dpm.Gaussian)
-    x = q.xp.asarray(x[:1000])
+    x = q.xp.asarray(x)
     points = {"all zeros": 0.0, "all ones": 1.0}
     if gaussian:
         points = {"the origin": 0.0, "a point far away": 10.0}
     number = len(x) if D <= 2 else 1
     starts = {"data": x} | {name: q.xp.full((number, D), at) for name, at in points.items()}
-    times = np.unique(np.linspace(1, q.T, 200).round().astype(int))
+    ts = times(q.T, 200)[-2::-1]  # without 0
     small = gaussian and D <= 2
     figure = Figure(figsize=(7, 5.5 if small else 3.8), layout="constrained")
     above, *below = figure.subfigures(1 + small, 1, height_ratios=[2, 1][:1 + small],
                                       squeeze=False)[:, 0]
     axis = above.subplots()
     for name, x0 in starts.items():
-        kl = [float(q.kl_to_pi(t, x0).mean()) / LN2 / D for t in times.tolist()]
-        axis.plot(times, kl, label=f"from {name}")
+        kl = [float(q.kl_to_pi(t, x0).mean()) / LN2 / D for t in ts]
+        axis.plot(ts, kl, label=f"from {name}")
     alpha_bar = dpm.to_host(q.alpha_bar)
-    axis.plot(times, alpha_bar[times], "k--", lw=1, label="alpha_bar_t")
-    axis.plot(times, alpha_bar[times] ** 2, "k:", lw=1, label="alpha_bar_t squared")
+    axis.plot(ts, alpha_bar[ts], "k--", lw=1, label="alpha_bar_t")
+    axis.plot(ts, alpha_bar[ts] ** 2, "k:", lw=1, label="alpha_bar_t squared")
     axis.set(xlabel="t", ylabel="KL from pi, bits per dimension", yscale="log",
              title="steps of q bring any start to pi")
     axis.legend()
@@ -375,16 +379,16 @@ def figure_1(model, dataset, path, number=2000):
     backwards, and the drift f_mu(x, t) - x, at three times: the data, a quarter of its variance
     gone, noise."""
     T, xp, q = model.T, model.xp, model.diffusion
-    times = (1, max(2, int(np.abs(dpm.to_host(q.alpha_bar) - 0.75).argmin())), T)
+    ts = (1, max(2, int(np.abs(dpm.to_host(q.alpha_bar) - 0.75).argmin())), T)
     x0 = xp.asarray(dataset.draw(number, dpm.generator(dataset.xp, "figure")))
     rng = dpm.generator(np, "noise of figure")
-    samples, kept = model.sample(number, keep=times[1:])
+    samples, kept = model.sample(number, keep=ts[1:])
     kept[1] = samples
     size = max(3.0, 1.1 * float(abs(x0).max()))
     lines = np.linspace(-size, size, 19)
     places = xp.asarray(np.stack(np.meshgrid(lines, lines), 2).reshape(-1, 2))
     figure, axes = _axes(3, 3, (7.5, 7.8), sharex=True, sharey=True)
-    for column, t in enumerate(times):
+    for column, t in enumerate(ts):
         noise = xp.asarray(rng.standard_normal((number, 2)))
         xt = x0 if t == 1 else q.q_jump(x0, xp.full(number, t)).draw(noise)
         drift = model.p_back(places, max(t, 2)).mean - places
@@ -392,7 +396,7 @@ def figure_1(model, dataset, path, number=2000):
         axes[1, column].scatter(*dpm.to_host(kept[t]).T, s=1, color="C1")
         axes[2, column].quiver(*dpm.to_host(places).T, *dpm.to_host(drift).T, color="C2",
                                angles="xy")
-        axes[0, column].set_title(f"t = {0 if t == 1 else t}")
+        axes[0, column].set_title(f"t = {t}" if t > 1 else "t = 0; drift: t = 2")
         axes[2, column].set_xlabel("first coordinate")
     labels = "forward, q(x_t)", "reverse, p(x_t)", "drift, f_mu(x, t) - x"
     for axis, label in zip(axes[:, 0], labels):

@@ -20,7 +20,7 @@ def missing(part, shape, seed=0, hole=None):
     and --hole. A vector counts as one row of D pixels."""
     H, W, C = shape if shape[:2] != (1, 1) else (1, shape[2], 1)
     if hole and hole >= min(H, W):
-        raise dpm.InputError(f"--hole {hole}: the examples are {W} x {H} pixels")
+        raise dpm.InputError(f"--hole {hole}: examples are {W} x {H} pixels; give a smaller one")
     row, column = np.arange(H)[:, None], np.arange(W)[None, :]
     tall, wide = hole or (H + 1) // 2, hole or (W + 1) // 2
     y, x = row - (H - tall) // 2, column - (W - wide) // 2
@@ -45,7 +45,7 @@ def missing(part, shape, seed=0, hole=None):
                              "the file of a mask")
     if unknown.all() or not unknown.any():
         what = "known" if unknown.all() else "missing"
-        raise dpm.InputError(f"--inpaint {part}: nothing is {what}")
+        raise dpm.InputError(f"--inpaint {part}: nothing is {what}; give another part, or fraction")
     return np.repeat(unknown.ravel(), C)
 
 
@@ -121,17 +121,21 @@ def nearest(dataset, x):
     return found, np.sqrt(np.maximum(best, 0) / x.shape[1])
 
 
+def unit_of(model):
+    return "of zeros and ones" if model.about["binary"] else "in units of the data's deviation"
+
+
 def report(model, args, truth, given, unknown, samples, mean):
     """Lines on what can be measured of posterior samples (n, draws, D); mean: see denoised, or
     None."""
-    unit = "bits" if model.about["binary"] else "in units of the data's deviation"
     lines, draws, where = [], samples.shape[1], slice(None)
     if unknown is not None:
         where = unknown
         change = np.abs(samples[:, :, ~unknown] - truth[:, None, ~unknown]).max()
         apart = samples[:, :, unknown].std(1).mean()
         lines.append(f"known values: changed by {change:g}" + (
-            f"; missing ones: {apart:.3f} apart between samples, {unit}" if draws > 1 else ""))
+            f"; missing ones: deviation {apart:.3f} between samples, {unit_of(model)}"
+            if draws > 1 else ""))
     elif args.input:
         return lines                                # they came noisy: nobody knows the truth
 
@@ -147,4 +151,4 @@ def report(model, args, truth, given, unknown, samples, mean):
         found = [f"mean of {draws} samples {error(samples.mean(1))}"] if draws > 1 else []
     found += [f"one sample {error(samples[:, 0])}"]
     found += [f"given {error(given)}"] if unknown is None else []
-    return [*lines, f"root mean square error, {unit}: {'; '.join(found)}"]
+    return [*lines, f"root mean square error, {unit_of(model)}: {'; '.join(found)}"]

@@ -123,10 +123,13 @@ def fewer_steps(model, most):
 def load_for(model):
     """The data set that a model was trained on. InputError if it is gone or not what it was."""
     about = model.about
-    dataset = data.load(about["dataset"], about["crop"], about["resize"], about["flips"])
+    try:
+        dataset = data.load(about["dataset"], about["crop"], about["resize"], about["flips"])
+    except dpm.InputError as error:
+        raise dpm.InputError(f"the data that the checkpoint was trained on: {error}") from None
     if (dataset.shape, dataset.digest) != (model.shape, about["digest"]):
-        raise dpm.InputError(f"{about['dataset']} is not the data that the checkpoint was trained "
-                             "on: it has changed")
+        raise dpm.InputError(f"{about['dataset']} has changed since the checkpoint was trained on "
+                             "it: restore it, or train anew")
     dataset.shift, dataset.scale = model.shift, model.scale
     dataset.dequantise = about["decoder"] == "dequantised"
     return dataset
@@ -213,7 +216,9 @@ def locked(out):
 
 def free_directory(name):
     """runs/<name>, or runs/<name>-2, -3, ... where that is taken."""
-    stem = pathlib.Path(name).stem if os.sep in name else name.replace(":", "-")
+    path = pathlib.Path(name)
+    last = path.name if path.is_dir() else path.stem
+    stem = last if os.sep in name else name.replace(":", "-")
     places = (pathlib.Path("runs") / (stem + (f"-{i}" if i > 1 else "")) for i in range(1, 10 ** 6))
     return next(place for place in places if not place.exists())
 
