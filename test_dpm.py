@@ -617,8 +617,9 @@ def hold_to_quotients(network, shape):
 
 @pytest.mark.parametrize("shape", [(5, 7, 2), (1, 1, 2)])
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers(name, shape):
+def test_layers(name, shape, monkeypatch):
     """What the docstring says, and its backward."""
+    monkeypatch.setattr(dpm, "pieces", lambda n, *_: [slice(0, 1), slice(1, n)])  # of large ones
     make, formula = LAYERS[name]
     network = dpm.Network(make(*shape[:2]), dpm.LogOdds(), *dpm.time_layers(3)[:3])
     x, e, level, y, (of_time, *weights) = hold_to_quotients(network, shape)
@@ -776,6 +777,7 @@ def test_optimiser():
         close(theta, [expected, -expected], rtol=1e-6)
         average += 1 / (10 + step / 10) * (theta - average)
         close(optimiser.average, average)
+    close(optimiser.m, (1 - 0.95 ** 7) * np.array([0.5, -0.25]))  # a short gradient stays as it is
     optimiser = dpm.Optimiser(bias, theta, lr=0.1, steps=100, warmup=10)
     for optimiser.step, rate in [(5, 0.05), (10, 0.1), (50, 0.1), (75, 0.05), (100, 0)]:
         assert optimiser.rate() == approx(rate, abs=1e-12)
@@ -1009,6 +1011,10 @@ def test_parts_sum_to_K(q):
         assert (np.isfinite(found["entropy"]) == (np.arange(10) > 1)).all()
         seen = np.isfinite(found["distortion"])
         assert seen[2:].all() and seen[1] == q.discretised
+    x = x0 if q.outputs == 1 else np.sign(x0)  # of second moment 1: what the log adds to the KLs
+    parts = -q.kl_to_pi(9, x) if q.discretised else q.H_q(9, x) - q.H_q(1, x) - q.H_p(x)
+    mean = x.mean(0, keepdims=True) * (q.outputs == 1)  # that of numbers is 0
+    assert evaluation.gain(q, mean) == approx((parts - q.log_null(x)).mean(), abs=1e-9)
     one, many, every = (model.bound(x0, rng(14), draws) for draws in (1, 99, None))
     assert many["K"] == every["K"]                               # 8 draws are all there are
     assert one["kl"][1] == approx(every["kl"][1], rel=0.5)       # and L_0 needs none of them
@@ -1200,6 +1206,7 @@ def test_bytes_of_a_model_of_dequantised_bytes():
         q = models[-1].diffusion
         assert q.discretised and 1 / 3 < q.sin[1] * scale < 0.4
         close(q.alpha_bar[1:], alpha_bar[-q.T:])
+    assert runs.decoder(128, 64)["ends"] == ((0.5 - 128) / 64, (255.5 - 128) / 64)  # centres
     short = model.with_diffusion(dpm.Gaussian(alpha_bar[[0, 1, -1]]))
     assert evaluation.bits_of_bytes(short, raw, bound)["discretised_bits_per_dim"] > 8
     assert models[-1].T == 2  # of so few steps none can be left out
@@ -1245,7 +1252,14 @@ def test_sample_k_is_the_same_in_any_batch():
     """Noise depends on the purpose and the key alone; raw values are normalised ones, scaled."""
     model, single = (small_model(stir=0.05, dtype=dtype) for dtype in ("float64", "float32"))
     x = model.sample(7, seed=3)
-    close(model.sample(3, seed=3), x[:3])
+    ended = []
+
+    def shown(ticks):                               # as a bar, which closes when they end
+        yield from ticks
+        ended.append(len(ticks))
+
+    close(model.sample(3, seed=3, progress=shown), x[:3])
+    assert ended == [12]
     close(model.sample(7, seed=3, batch=2), x)
     close(model.sample(3, seed=3, first=4), x[4:])
     close(single.sample(7, seed=3, batch=2), single.sample(7, seed=3), rtol=1e-3)
@@ -1356,6 +1370,8 @@ def test_frechet():
     leading = evaluation.in_components(x, y, components=3)
     assert evaluation.frechet(*leading) == approx(expected, rel=1e-3)
     assert evaluation.frechet(*evaluation.in_components(x, x[::-1])) == approx(0, abs=1e-9)
+    found = evaluation.distances(types.SimpleNamespace(draw=lambda *_: x), y, x)
+    assert found["frechet"] > 1 and found["frechet_test"] == approx(0, abs=1e-9)
 
 
 def test_numbers_beside_the_truth():
@@ -1403,6 +1419,74 @@ def test_the_report_of_posterior_samples():
         mse = np.mean([(x[i, j] - truth[i, j]) ** 2 for i in range(3) for j in (0, 2)])
         dB = 10 * math.log10(255 ** 2 / (mse * 40 ** 2))
         assert f"{name} {math.sqrt(mse):.3f}, PSNR {dB:.1f} dB" in told
+
+
+def test_how_many_steps_nobody_sees_a_difference_from():
+    image, points = (small_model(gaussian(300), shape, name) for name, shape in (
+        ("unet", (2, 2, 1)), ("mlp", (1, 1, 3))))
+    kernel = small_model(gaussian(300), (2, 2, 1), "paper", predict="paper")
+    flags = dict(mode="samples", steps=None, particles=1, repeats=None)
+    inpaint = flags | dict(mode="inpaint")
+    for model, chosen, T in [(image, flags, 250), (image, flags | dict(steps=9), 9),
+                             (image, inpaint, 35), (image, inpaint | dict(repeats=1), 70),
+                             (points, flags, 300), (points, inpaint, 300),
+                             (kernel, flags, 300), (kernel, inpaint, 300)]:
+        model.about["binary"] = False
+        assert sampling.shortened(model, types.SimpleNamespace(**chosen)).T == T
+
+
+def test_what_is_missing(tmp_path):
+    """Of 4 x 7 pixels in two colours; of a mask what is lighter than the middle grey."""
+    row, column = np.divmod(np.arange(28).repeat(2), 7)
+    parts = dict(left=column < 3, right=column > 3, top=row < 2, bottom=row > 1)
+    for part, unknown in parts.items():
+        assert (observations.missing(part, (4, 7, 2)) == unknown).all(), part
+    a, b, c = (observations.missing("0.5", (4, 7, 2), seed) for seed in (0, 0, 1))
+    assert a.sum() == 28 and (a == b).all() and (a != c).any()
+    Image.fromarray(np.uint8([[0, 100, 127, 128, 255]])).save(tmp_path / "mask.png")
+    assert observations.missing(str(tmp_path / "mask.png"), (1, 5, 1)).tolist() == [0, 0, 0, 1, 1]
+
+
+def test_own_pictures_of_a_decoder(tmp_path):
+    """They stand for the middle of their grey levels, as in its training."""
+    model = small_model(gaussian(**BYTES), (2, 2, 1), "unet")
+    model.about |= dict(binary=False, bytes=True)
+    Image.fromarray(np.uint8([[0, 1, 2], [3, 4, 255]])).save(path := tmp_path / "a.png")
+    args = types.SimpleNamespace(input=[path], number=None, seed=0)
+    close(model.raw(observations.own_pictures(model, args)[1]), [[0.5, 1.5, 2.5, 3.5, 4.5, 255.5]])
+
+
+def test_the_nearest_of_many():
+    train = rng(99).standard_normal((5000, 3))
+    dataset = types.SimpleNamespace(train=train, normalise=lambda raw, *_: raw.astype(np.float32))
+    near, distance = observations.nearest(dataset, train[[1, 4500, 4999]] + 1e-3)
+    close(near, train[[1, 4500, 4999]], 1e-6)
+    close(distance, 1e-3, atol=3e-4)
+
+
+def test_the_note_on_the_bar():
+    model = types.SimpleNamespace(scale=40.0, D=4, about=dict(bytes=True))
+    expected = math.log2(40) + math.log2(2 * math.pi * math.e) / 2 - 1.5  # L_null, less the gain
+    assert evaluation.progress_note(model, 6 * LN2) == (
+        f"K - L_null 6 bits, {expected:.3f} bits/dim")
+
+
+def test_one_scale_of_grey_for_several_sheets():
+    model = small_model(shape=(2, 2, 1))
+    model.about |= dict(binary=False, bytes=False)
+    x = np.array([[-1.0, 0.0, 1.0, np.nan]])
+    assert figures.to_bytes(model, x).ravel().tolist() == [0, 127, 255, 128]
+    assert figures.to_bytes(model, x, like=3 * x).ravel().tolist() == [85, 127, 170, 128]
+
+
+def test_figure_3_denoises_from_where_the_noise_is(tmp_path, monkeypatch):
+    model, begun = small_model(shape=(4, 4, 1), network="unet"), []
+    x = rng(94).standard_normal((8, 16))
+    model.about |= dict(binary=False, bytes=True)
+    monkeypatch.setattr(dpm.DPM, "sample", lambda _, n, x_T=None: begun.append(x_T) or x[:n])
+    figures.figure_3(model, types.SimpleNamespace(held_out=lambda n: x[:n]), tmp_path / "a.png")
+    noise = dpm.generator(np, "figure 3").standard_normal(x.shape)
+    close(begun[0], (x + noise) / math.sqrt(2))
 
 
 def test_parzen_estimate():
@@ -1741,6 +1825,9 @@ def test_a_chain_until_one_of_its_times_is_its_beginning(kind):
     q = dpm.Gaussian(dpm.schedule(kind, 60, 1e-3))
     for t in (2, 17, 59):
         close(q.until(float(q.sin[t] / q.cos[t])).alpha_bar, q.alpha_bar[:t + 1])
+    close(q.until(1e-6).alpha_bar, q.alpha_bar[:3])
+    q = gaussian(60, 1e-3, kind, variance="beta")
+    assert q.until(1.0).config == q.config
 
 
 @pytest.mark.parametrize("schedule", ["constant", "annealed"])
@@ -1833,7 +1920,7 @@ def test_contrast_and_repeats_follow_their_recursion(w, repeats, steps):
             variance, extra = step((1 - q.beta[t]) * variance + q.beta[t]), extra + 1
     assert variance < 0.3 if w else variance == approx(0.5, rel=0.1)  # p has about 0.5
     assert extra == 0 if repeats == 1 else 4 < extra < 2 * model.T
-    posterior = dpm.Posterior(model, dpm.Contrast(weak, w), repeats=repeats)
+    posterior = dpm.Posterior(model, dpm.Contrast(gaussian_model(1.5, D=2), w), repeats=repeats)
     x = posterior.sample(20_000, 4, batch=20_000)
     assert x.var() == approx(variance, rel=0.02) and abs(x.mean()) < 0.01
     close(posterior.sample(2, 4, first=7), x[7:9])
@@ -2123,6 +2210,7 @@ def test_checkpoint_round_trip(tmp_path, q, options):
     dpm.save(model, tmp_path / "half.npz", half=True)
     loaded, half = (dpm.load(tmp_path / f"{name}.npz", threads=2) for name in ("full", "half"))
     assert (loaded.shift, loaded.scale, loaded.shape) == (0.5, 2.0, (4, 4, 1))
+    assert [dpm.load(tmp_path / "full.npz", threads=n).threads for n in (1, 3)] == [1, 3]
     assert loaded.diffusion.config == model.diffusion.config and loaded.about["dataset"] == "x"
     ours, theirs = model.bound(x0, rng(21)), loaded.bound(x0, rng(21))
     assert (theirs["K"], theirs["L_null"]) == (ours["K"], ours["L_null"])
@@ -2151,6 +2239,9 @@ def test_bad_checkpoints(tmp_path):
             assert "\n" not in str(caught.value)
 
     is_refused("no such checkpoint")
+    dpm.save(four := small_model(threads=4), tmp_path / "four.npz", four.optimiser())
+    with refused("3 ranks cannot divide"):
+        dpm.resume(tmp_path / "four.npz", comm=types.SimpleNamespace(size=3, here=3))
     for wrong in (b"", raw[:len(raw) // 2], b"PK" + bytes(99)):
         bad.write_bytes(wrong)
         is_refused("not a checkpoint")
@@ -2551,6 +2642,11 @@ def test_numbers_of_an_evaluation(place):
     found = model.bound(x0, dpm.generator(np, "bound"), 5)
     assert r["K_bits"] == approx(found["K"] / LN2, rel=1e-6) and r["examples"] == 40
     assert r["entropy_model_bits"] == approx(found["entropy"][2:].sum() / LN2, rel=1e-6)
+    upper = 32 * np.log2(2 * np.pi * np.e * model.diffusion.beta[2:]).sum()
+    assert r["entropy_upper_bits"] == approx(upper)
+    bound = lambda of, x0, _: of.bound(x0, dpm.generator(np, "bound"), 5)
+    of_bytes = evaluation.bits_of_bytes(model, digits.test, bound)
+    assert r["discretised_bits_per_dim"] == approx(of_bytes["discretised_bits_per_dim"], rel=1e-6)
     for variance in ("learned", "beta", "posterior"):
         other = model.with_diffusion(dpm.Gaussian(model.diffusion.alpha_bar, variance=variance))
         K = other.bound(x0, dpm.generator(np, "bound"), 5)["K"] / LN2
@@ -2617,6 +2713,54 @@ def test_the_objective_is_what_is_trained(tmp_path):
 
 
 @scripts
+def test_what_a_run_begins_with(place, monkeypatch):
+    """What is usual for its data, or what a flag says."""
+    monkeypatch.chdir(place.path)
+
+    def begun(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        return train.start(train.arguments(), np, None)
+
+    model, optimiser, digits, _ = begun("--dataset", "digits.npy")
+    about = model.about
+    assert about["objective"] == "focused" and optimiser.warmup == 200
+    assert len(digits.edges) > 2 and about["sizes"]["edges"] == digits.edges
+    of = lambda *flags: begun("--dataset", "digits.npy", *flags)
+    assert of("--schedule", "learned")[0].about["objective"] == "K"
+    assert of("--network", "paper")[0].about["predict"] == "paper"
+    assert of("--widths", "4", "6")[0].about["sizes"]["widths"] == [4, 6]
+    digits = of("--decoder", "discretised")[2]
+    assert (digits.draw(9, rng(0)) * digits.scale + digits.shift) % 1 == approx(0.5)
+    model, optimiser, *_ = begun("--steps", "50", "--threads", "3", "--dtype", "float64",
+                                 "--variance", "beta")
+    assert optimiser.warmup == 6 and model.threads == 3
+    assert model.dtype == np.float64 and model.diffusion.variance == "beta"
+    assert (begun("--seed", "1")[0].theta != begun()[0].theta).any()
+
+
+@scripts
+def test_the_seed_chooses_the_batches(tmp_path, monkeypatch):
+    draw, drawn = data.SwissRoll.draw, []
+    monkeypatch.setattr(data.SwissRoll, "draw",
+                        lambda self, *how: drawn.append(draw(self, *how)) or drawn[-1])
+    for seed in (0, 1):
+        done("train", "--steps", 1, *TINY, "--batch-size", 8, "--seed", seed, "--no-evaluate",
+             cwd=tmp_path)
+    assert len(drawn) == 2 and (drawn[0] != drawn[1]).all()
+
+
+@scripts
+def test_a_line_of_the_log_is_of_the_steps_since_the_last(tmp_path):
+    """Two of 400. While the network stays as it began, K is L_null in the mean."""
+    done("train", "--dataset", "heartbeat", "--steps", 400, *TINY, "--batch-size", 64, "--lr",
+         1e-12, "--no-evaluate", "--out", "run", cwd=tmp_path)
+    log = np.genfromtxt(tmp_path / "run" / "log.csv", delimiter=",", names=True)
+    K = log["K_minus_L_null_bits"]
+    assert len(K) == 200 and K.mean() == approx(0, abs=4 * K.std() / math.sqrt(200))
+    assert K[100:].std() > 0.5 * K[:100].std()
+
+
+@scripts
 def test_what_is_printed(place):
     """First what was assumed of the data, at the end what to try next; no long line and no bar
     where nobody watches."""
@@ -2626,6 +2770,12 @@ def test_what_is_printed(place):
     assert "next: python sample.py --checkpoint runs/digits --inpaint" == digits[-1]
     assert any("bits/dim" in line for line in digits) and any("K*" in line for line in roll)
     assert not any("evaluating" in line for line in colours)
+    r, value = result_of(place.runs / "digits"), {
+        line[:24].strip(): float(line[24:36]) for line in digits
+        if re.match("  .{22} *-?[0-9]", line)}
+    parts = ("- sum of KLs", "+ H_q(X_T|X_0)", "- H_q(X_1|X_0)", "- H_p(X_T)")
+    assert value["K"] == approx(r["K_bits"] / 64, abs=1e-4) == approx(
+        sum(value[part] for part in parts), abs=3e-4)
     for said in place.said:
         text = said.out + said.err
         assert max(map(len, text.splitlines())) < 200 and "\r" not in text
@@ -2701,10 +2851,16 @@ def test_evaluate_again_and_compare(place):
     L_null = (p.log_density(levels).mean() + 64 * math.log(step)) / LN2
     assert decoder["L_null_bits"] == approx(L_null)
     assert "- L_0" in said.out and "discrete" in said.out
+    of_bytes = runs.load_for(runs.load(place.runs / "decoder" / "checkpoint.npz", np))
+    assert (of_bytes.held_out(9) * of_bytes.scale + of_bytes.shift) % 1 == approx(0.5)
     rows = [line.split() for line in said.out.splitlines() if line.startswith("digits.npy  ")]
     assert len(rows) == 2 and (place.runs / "comparison.png").exists()
     assert (place.runs / "comparison-samples.png").exists()
     assert {row[7] for row in rows} == {f"{r['K_bits'] / 64:.4f}" for r in (after, decoder)}
+    assert {(row[5], *row[11:13]) for row in rows} == {
+        ("dequantised", *(f"{after[name]:.4f}" for name in (
+            "bits_per_dim", "discretised_bits_per_dim"))),
+        ("discretised", "-", f"{decoder['bits_per_dim']:.4f}")}
 
 
 # Stopped, and resumed
@@ -2916,44 +3072,40 @@ def test_free_samples(place):
         sharp = drawn(place, "--number", 3, "--weak", "runs/weak", "--sharpen", w)
         assert (sharp.samples == a.samples).all() == equal == ("sharpened" not in sharp.said)
     assert drawn(place, "--number", 50, run="roll").samples.shape == (50, 2)
+    newest = done("sample", "--number", 1, "--out", "b", cwd=place.path).out
+    assert newest.startswith("runs/weak/")          # the run that was written last
     assert set(np.unique(drawn(place, "--number", 4, run="heartbeat").samples)) <= {0, 1}
     assert drawn(place, "--number", 2, run="colours").samples.shape == (2, 192)
 
 
-@scripts
-def test_which_run_is_meant(place, monkeypatch):
+def test_which_run_is_meant(tmp_path, monkeypatch):
     """The newest run is the one whose checkpoint was written last; a new one has a free name."""
-    monkeypatch.chdir(place.path)
-    now = time.time()
-    for name in ("roll", "digits", "heartbeat"):
-        os.utime(place.runs / name / "checkpoint.npz", (now + 99, now := now + 100))
-        assert runs.newest_run() == pathlib.Path("runs") / name / "checkpoint.npz"
-    for i, name in enumerate(["one", "one-2", "one-3"]):
+    monkeypatch.chdir(tmp_path)
+    assert runs.newest_run() is None
+    for name, when in ("a", 5), ("b", 9), ("c", 7):
+        (path := pathlib.Path("runs") / name / "checkpoint.npz").parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (when, when))
+    assert runs.newest_run().parent.name == "b"
+    for name in ("one", "one-2", "one-3"):
         assert runs.free_directory("/data/one.npy") == pathlib.Path("runs") / name
-        (place.runs / name).mkdir()
+        (pathlib.Path("runs") / name).mkdir()
     assert runs.free_directory("swissroll:0.5").name == "swissroll-0.5"
-    (place.path / "pictures.v2").mkdir()
-    assert runs.free_directory(str(place.path / "pictures.v2")).name == "pictures.v2"
+    (tmp_path / "pictures.v2").mkdir()
+    assert runs.free_directory(str(tmp_path / "pictures.v2")).name == "pictures.v2"
 
 
-def test_how_the_shipped_digits_are_drawn():
-    """Sharpened by the weak model beside them, in fewer steps; but not the paper's kernel, nor what
-    is denoised."""
-    args = types.SimpleNamespace(weak=None, sharpen=None, mode="samples", particles=1, eta=1.0,
-                                 steps=None, repeats=None)
+def test_how_the_shipped_digits_are_sharpened():
+    """By the weak model beside them; but not what is denoised, or has particles."""
     model, weak = dpm.load(sampling.SHIPPED), dpm.load(HERE / "data" / "mnist" / "weak.npz")
-    found, = sampling.contrast(model, args, sampling.SHIPPED)
-    assert found.w == 2 and (found.weak.theta == weak.theta).all()
-    for change, steps in [({}, 250), (dict(mode="inpaint"), 35), (dict(mode="denoise"), 70),
-                          (dict(mode="inpaint", particles=2), 70), (dict(steps=9), 9)]:
-        there = types.SimpleNamespace(**vars(args) | change)
-        assert sampling.shortened(model, there).T == steps
-        usual = there.mode != "denoise" and there.particles == 1
-        assert len(sampling.contrast(model, there, sampling.SHIPPED)) == usual
-    assert sampling.contrast(model, types.SimpleNamespace(**vars(args) | dict(sharpen=0.0)),
-                             sampling.SHIPPED) == []
-    model.about["predict"] = "paper"
-    assert sampling.shortened(model, args).T == 1000
+    usual = dict(weak=None, sharpen=None, mode="samples", particles=1, eta=1.0)
+    for change, w in [({}, 2), (dict(sharpen=0.5), 0.5), (dict(mode="inpaint"), 2),
+                      (dict(sharpen=0.0), None), (dict(mode="denoise"), None),
+                      (dict(particles=2), None), (dict(eta=0.5), None)]:
+        flags = types.SimpleNamespace(**usual | change)
+        found = sampling.contrast(model, flags, sampling.SHIPPED)
+        assert [c.w for c in found] == [w] * (w is not None)
+        assert all((c.weak.theta == weak.theta).all() for c in found)
 
 
 @scripts
@@ -3010,12 +3162,19 @@ def test_completions_and_denoised(place, tmp_path):
     assert set(vars(a)) == {"said", "truth", "given", "samples", "mean", "nearest"}
     assert "E[x_0 | given]" in a.said and "PSNR" in a.said
     assert "mean" not in vars(drawn(place, "--denoise", 0.5, "--number", 2, run="heartbeat"))
+    b = drawn(place, "--denoise", 0.5, "--r-schedule", "annealed", "--number", 4)
+    assert (b.given == a.given).all() and (b.samples != a.samples).all()
+    once, twice, three = (drawn(place, "--inpaint", "--number", 1, *flags).samples for flags in (
+        ("--repeats", 1), ("--repeats", 2), ("--particles", 3)))
+    assert all((x != y).any() for x, y in ((once, twice), (once, three), (twice, three)))
     a = drawn(place, "--denoise", 0.1, "--number", 3)
     far = np.abs(a.samples[:, None] - a.given[None, :, None]).mean((2, 3))  # samples i from given j
     assert (far.argmin(1) == range(3)).all() and far.diagonal().max() < 0.2 * scale
+    assert np.abs(a.mean - a.given).mean() < 0.2 * scale
     for run in ("roll", "heartbeat"):
         a = drawn(place, "--inpaint", "right", "--number", 2, run=run)
         assert (a.samples[..., ~a.unknown] == a.truth[:, None, ~a.unknown]).all()
+        assert a.samples.shape[:2] == (2, 50 if run == "roll" else 6)
     np.save(place.path / "few.npy", small_digits()[:30])  # 3 to test with, fewer than are usual
     done("train", "--dataset", "few.npy", "--steps", 1, *TINY, "--no-evaluate", "--out", "runs/few",
          cwd=place.path)
@@ -3038,6 +3197,8 @@ def test_the_users_own_pictures(place):
         assert set(vars(a)) == {"said", "given", "samples", "mean"} and "PSNR" not in a.said
         assert (np.floor(a.given + 1e-6) == mine.reshape(2, D)).all()      # no noise was added
         assert (a.given % 1).std() == approx(12 ** -0.5, rel=0.2)          # but what dequantises
+        a = drawn(place, "--input", *names, "--denoise", "0.5", "--number", 1, run=run)
+        assert len(a.samples) == 1
 
 
 @pytest.mark.parametrize("run", ["roll", "digits", "heartbeat", "colours"])
@@ -3054,6 +3215,8 @@ def test_the_way_is_shown(place, run):
         assert (first != last).mean() > 0.002
         with Image.open(place.path / "way-trajectory.png") as strip:
             assert np.asarray(strip).std() > 1
+        if run == "digits":                         # of each input its draws side by side
+            assert gif.width == 3 * (2 + 10 * (6 if flags else 8))
         if run == "digits" and not flags:
             with Image.open(place.path / "way.png") as picture:
                 assert np.abs(np.asarray(picture.convert("L")) - last).mean() < 4
@@ -3065,6 +3228,8 @@ def test_a_gif_of_noise_in_colour_keeps_its_limit(tmp_path):
               for i in range(12)]
     figures.save_gif(frames, 2, tmp_path / "a.gif", limit=60_000)
     with Image.open(tmp_path / "a.gif") as gif:
+        last = [gif.seek(i) or gif.info["duration"] for i in (0, gif.n_frames - 1)]
+        assert last[1] == 2000 > last[0]
         assert gif.n_frames >= 10 and 20_000 < (tmp_path / "a.gif").stat().st_size < 60_000
     assert figures.save_gif.__defaults__[-1] == 3_000_000
 
@@ -3108,6 +3273,7 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
     np.save(tmp_path / "changed.npy", pixels)       # the shape is as it was
     tampered(digits, tmp_path / "gone.npz", True, dataset="/gone.npy")
     tampered(digits, tmp_path / "eps.npz", True, predict="eps")
+    dpm.save(small_model(), tmp_path / "untold.npz")
     theta = arrays_of(roll)["theta"]
     for name, change in dict(
             newer=dict(format=99), nan=dict(average=np.full(theta.shape, math.nan)),
@@ -3184,6 +3350,7 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path):
             ("damaged", "--checkpoint", "nan.npz"),
             ("has changed", "--checkpoint", "changed", "--inpaint"),
             ("gone.npy", "--checkpoint", "gone.npz", "--denoise", 1),
+            ("not one that train.py has written", "--checkpoint", "untold.npz"),
             ("--number must be", *known, "--number", 0),
             ("GB of disk", *known, "--number", 10 ** 11), ("GB of", *known, "--number", 10 ** 400),
             ("GB of memory", *known, "--denoise", 1, "--particles", 10 ** 400),

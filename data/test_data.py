@@ -306,6 +306,7 @@ def test_arrays_are_read_as_they_were_written(tmp_path):
     assert one.describe() == ("a.npy: 27 training and 3 held-out examples of 4 x 5 x 1, bytes "
                               f"{one.train.min()}..{one.train.max()}, dequantised")
     assert (one.test == two.test).all() and (one.train == two.train).all()
+    assert (one.test != images[-3:].reshape(3, -1)).any(1).all()        # not just the last
     assert sorted(map(bytes, np.concatenate([one.train, one.test]))) == sorted(
         map(bytes, images.reshape(30, -1)))
     vectors = rng(25).standard_normal((20, 6)).astype(">f4")
@@ -564,6 +565,8 @@ def test_a_folder_of_pictures(tmp_path):
     assert mixed.shape == (4, 5, 3) and len(mixed.train) == 28
     found = {bytes(p) for p in np.concatenate([mixed.train, mixed.test])}
     assert found == {bytes(np.repeat(p[:, :, None], 3, 2)) for p in images} | {bytes(colour)}
+    (folder / "p00.png").rename(folder / "p00.PNG")
+    assert data.load(folder).digest == mixed.digest
     save(folder, p31=noise(61, 6, 5))
     assert "5 x 6 pixels, where 5 x 4 came before; give --crop or --resize" in refused(folder)
     assert data.load(folder, resize=4).shape == (4, 4, 3)
@@ -738,6 +741,7 @@ def test_crops_are_held_out_by_region(mixed):
         assert len(inside & trained) > 0.95 * (len(inside) - strip)     # the rest is used
         if strip:
             assert len(inside & tested) > 0.7 * strip
+    assert sum(bool(pixels(a.test[:5]) & inside) for inside in known) > 1       # in random order
     assert (a.held_out(5) == a.held_out(5)).all()
     assert (raw_of(a, a.held_out(5)) == a.test[:5]).all()
 
@@ -803,6 +807,7 @@ def test_small_pictures_are_held_out_whole(tmp_path):
     a = data.load(tmp_path / "a.npy", crop=8)
     drawn = {bytes(p) for p in raw_of(a, a.draw(2000, rng(89)))}
     assert len(a.test) == 4 and len(drawn) == 36 and not drawn & {bytes(p) for p in a.test}
+    assert {bytes(p) for p in a.test} != {bytes(p) for p in images[:4]}         # at random
     np.savez(tmp_path / "b.npz", train=images, test=noise(90, 5, 8, 8))
     b = data.load(tmp_path / "b.npz", crop=8)       # a test part that is given is the test part
     assert {bytes(p) for p in b.test} == {bytes(p) for p in noise(90, 5, 8, 8)}
