@@ -94,7 +94,7 @@ def arguments():
     g.add_argument("--schedule", metavar="NAME", choices=schedules,
                    help=f"of beta_t: {', '.join(schedules)} [logsnr; bits: cosine]")
     g.add_argument("--objective", metavar="NAME", choices=dpm.OBJECTIVES,
-                   help=f"of training: {', '.join(dpm.OBJECTIVES)} [images of numbers: focused; K]")
+                   help=f"of training: {', '.join(dpm.OBJECTIVES)} [K; images of numbers: focused]")
     g.add_argument("--variance", metavar="NAME", choices=["learned", "beta", "posterior"],
                    help="f_sigma: learned, beta, posterior [learned]")
     g.add_argument("--predict", metavar="NAME", choices=["v", "eps"],
