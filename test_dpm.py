@@ -2739,17 +2739,6 @@ def test_what_a_run_begins_with(place, monkeypatch):
 
 
 @scripts
-def test_the_seed_chooses_the_batches(tmp_path, monkeypatch):
-    draw, drawn = data.SwissRoll.draw, []
-    monkeypatch.setattr(data.SwissRoll, "draw",
-                        lambda self, *how: drawn.append(draw(self, *how)) or drawn[-1])
-    for seed in (0, 1):
-        done("train", "--steps", 1, *TINY, "--batch-size", 8, "--seed", seed, "--no-evaluate",
-             cwd=tmp_path)
-    assert len(drawn) == 2 and (drawn[0] != drawn[1]).all()
-
-
-@scripts
 def test_a_line_of_the_log_is_of_the_steps_since_the_last(tmp_path):
     """Two of 400. While the network stays as it began, K is L_null in the mean."""
     done("train", "--dataset", "heartbeat", "--steps", 400, *TINY, "--batch-size", 64, "--lr",
