@@ -171,6 +171,7 @@ def test_swiss_roll_has_variance_one_with_its_noise(noise):
     second = (truth.centres ** 2).mean() + truth.sigma ** 2
     assert second == pytest.approx(1, abs=1e-4)
     assert truth.sigma == pytest.approx(noise / roll.scale)
+    assert data.load(roll.name).noise == noise      # a run finds it by its name
     if noise == 0.04:
         assert roll.name == "swissroll" and data.load("swissroll").digest == roll.digest
         finer = data.SwissRoll(points=8000).truth.log_density(x[:800])
@@ -317,9 +318,10 @@ def test_arrays_are_read_as_they_were_written(tmp_path):
     x = b.normalise(b.train, None)
     assert x.mean() == pytest.approx(0, abs=1e-6) and x.var() == pytest.approx(1, abs=1e-6)
     assert "floating point" in b.describe() and "continuous" in b.describe()
-    (tmp_path / "f.idx").write_bytes(idx(vectors, 13))
-    f = data.load(tmp_path / "f.idx")
-    assert all((vectors == row).all(1).sum() == 1 for row in np.concatenate([f.train, f.test]))
+    for kind, of in (13, vectors), (14, vectors.astype(">f8")):
+        (tmp_path / "f.idx").write_bytes(idx(of, kind))
+        f = data.load(tmp_path / "f.idx")
+        assert all((vectors == row).all(1).sum() == 1 for row in np.concatenate([f.train, f.test]))
 
 
 def test_zeros_and_ones_are_binary(tmp_path):
@@ -338,12 +340,13 @@ def test_floats_that_look_like_bytes_are_told(tmp_path):
     images, told = noise(28, 40, 4, 4), []
     for i, array in enumerate([images * 1.0, images / np.float32(255), images / 256,
                                images + rng(29).random(images.shape),
-                               rng(30).standard_normal((40, 4, 4)), rng(31).random((40, 4, 4))]):
+                               rng(30).standard_normal((40, 4, 4)), rng(31).random((40, 4, 4)),
+                               rng(31).random((40, 4, 4)) * (np.arange(40) > 9)[:, None, None]]):
         np.save(tmp_path / f"{i}.npy", array)
         line = data.load(tmp_path / f"{i}.npy").describe()
         assert "taken as continuous" in line and "\n" not in line
         told.append("look like bytes" in line)
-    assert told == [True, True, True, True, False, False]
+    assert told == [True, True, True, True, False, False, False]  # whatever the first rows are
 
 
 def test_values_that_cannot_be_computed_with(tmp_path):
@@ -362,6 +365,7 @@ def test_values_that_cannot_be_computed_with(tmp_path):
     assert "shape" in line(normal[0]) and "shape" in line(np.zeros((40, 2, 2, 2)))
     assert "shape" in line(np.zeros((40, 0))) and "at least 20" in line(normal[4:20])
     assert "type complex" in line(np.ones((40, 2), complex))
+    assert "1 or 3 colours, not 4" in line(np.zeros((40, 2, 2, 4)))
     assert "type" in line(np.full((40, 2), "a"))
     np.savez(tmp_path / "b.npz", train=np.ones((9, 2)) * [1, 2], test=np.ones((3, 3)))
     assert "agree" in refused(tmp_path / "b.npz")
@@ -508,6 +512,11 @@ def test_cifar(cifar, tmp_path):
     with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as tar:
         tar.add(folder, "cifar-10-batches-bin")
     sets = [data.load(path) for path in (folder, tmp_path, tmp_path / "cifar-10-binary.tar.gz")]
+    for name in ("c.tgz", "c.tar"):
+        (path := (tmp_path / "cifar-10-binary.tar.gz").with_name(name)).write_bytes(
+            (tmp_path / "cifar-10-binary.tar.gz").read_bytes())
+        sets.append(data.load(path))
+        path.unlink()
     train = np.concatenate([pictures[f"data_batch_{k}"] for k in range(1, 6)])
     for a in sets:
         assert a.shape == (32, 32, 3) and a.bytes
@@ -637,6 +646,9 @@ def test_formats_and_exif(tmp_path):
     assert turned.shape == (30, 20, 3)
     assert np.abs(turned - np.rot90(picture, -1).astype(int)).mean() < 5
     assert data.load(tmp_path / "t.jpg", crop=4).number == 1
+    photo, copy = Image.fromarray(picture), Image.fromarray(picture[::2, ::2])
+    found = one(photo, tmp_path / "m.jpg", format="MPO", save_all=True, append_images=[copy])
+    assert found.shape == (20, 30, 3)               # a phone's, with a small copy inside
 
 
 def test_damaged_pictures_are_one_line(tmp_path):
@@ -696,6 +708,8 @@ def test_resize_keeps_the_middle_square(tmp_path):
     a = data.load(folder, resize=10)
     middle = a.train.reshape(-1, 10, 10, 3)[:, 2:8, 2:8]
     assert a.shape == (10, 10, 3) and np.abs(middle - [0.0, 250, 0]).max() < 15
+    fine = save(tmp_path / "b", **{f"p{i}": noise(i, 40, 40) for i in range(20)})
+    assert data.load(fine, resize=4).train.std() < 20           # averages of many pixels
     assert "either" in refused(folder, crop=10, resize=10)
     assert "4 to 4096" in refused(folder, resize=0)
 
@@ -808,6 +822,8 @@ def test_small_pictures_are_held_out_whole(tmp_path):
     drawn = {bytes(p) for p in raw_of(a, a.draw(2000, rng(89)))}
     assert len(a.test) == 4 and len(drawn) == 36 and not drawn & {bytes(p) for p in a.test}
     assert {bytes(p) for p in a.test} != {bytes(p) for p in images[:4]}         # at random
+    large = save(tmp_path / "large", p=noise(88, 900, 1000))
+    assert len(data.load(large, crop=4).test) == 10_000
     np.savez(tmp_path / "b.npz", train=images, test=noise(90, 5, 8, 8))
     b = data.load(tmp_path / "b.npz", crop=8)       # a test part that is given is the test part
     assert {bytes(p) for p in b.test} == {bytes(p) for p in noise(90, 5, 8, 8)}
