@@ -1205,7 +1205,7 @@ def paper(channels, readout, outputs, pixels=1, pools=(1, 2, 4), maps=8, hidden=
                       Dense(2 * maps + channels, width), Rectifier(),
                       Dense(width, width), Rectifier(),
                       Dense(width, bumps * outputs * channels, gain=0),
-                  Bumps(bumps, lowest, highest))
+                      Bumps(bumps, lowest, highest))
     return Network(body, readout)
 
 
