@@ -37,8 +37,9 @@ def arguments():
     p = runs.Parser("sample.py", __doc__)
     g = p.add_argument_group("what to draw")
     g.add_argument("--checkpoint", metavar="PATH", help="a checkpoint, or the directory of a run")
-    g.add_argument("--number", metavar="N", type=int, help="how many samples (images 64, sequences "
-                   "40, points 2000), or test examples (6)")
+    g.add_argument("--number", metavar="N", type=int, help="how many samples ("
+                   f"{', '.join(f'{kind} {n}' for kind, n in NUMBER.items())}), or test examples "
+                   f"({observations.GIVEN})")
     g.add_argument("--seed", metavar="N", type=int, default=0,
                    help="sample k depends on this and on k alone (0)")
     g.add_argument("--steps", metavar="S", type=int, help="use this many of the T steps "

@@ -620,7 +620,7 @@ def hold_to_quotients(network, shape):
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name, shape, monkeypatch):
     """What the docstring says, and its backward."""
-    monkeypatch.setattr(dpm, "pieces", lambda n, *_: [slice(0, 1), slice(1, n)])  # of large ones
+    monkeypatch.setattr(dpm, "pieces", in_slices_of(2))  # as large ones are
     make, formula = LAYERS[name]
     network = dpm.Network(make(*shape[:2]), dpm.LogOdds(), *dpm.time_layers(3)[:3])
     x, e, level, y, (of_time, *weights) = hold_to_quotients(network, shape)
@@ -3278,12 +3278,11 @@ def test_free_samples(place):
     a, b, c = (drawn(place, "--number", 3, "--seed", seed) for seed in (0, 0, 1))
     assert a.samples.shape == a.nearest.shape == (3, 64) and (a.samples == b.samples).all()
     assert (a.samples != c.samples).all() and "nearest training image" in a.said
-    raw = data.load(place.path / "digits.npy").train
-    is_it = (np.floor(a.nearest[:, None] + 1e-6) == raw).all(2)
-    far = np.sqrt(((a.samples[:, None] - raw - 0.5) ** 2).mean(2))
+    digits = data.load(place.path / "digits.npy")
+    is_it = (np.floor(a.nearest[:, None] + 1e-6) == digits.train).all(2)
+    far = np.sqrt(((a.samples[:, None] - digits.train - 0.5) ** 2).mean(2))
     assert is_it.any(1).all() and (far[is_it] < far.min(1) + 0.6).all()  # up to what dequantises
-    digits, model = data.load(place.path / "digits.npy"), dpm.load(
-        place.runs / "digits" / "checkpoint.npz")
+    model = dpm.load(place.runs / "digits" / "checkpoint.npz")
     x = model.normal(a.samples)
     rms = np.sqrt(((x - model.normal(a.nearest)) ** 2).mean(1)).mean()
     usual = observations.nearest(digits, digits.held_out(3))[1].mean()

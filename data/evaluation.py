@@ -36,7 +36,8 @@ def evaluate(path, xp, chains=(), parzen=False, comm=None):
     if parzen and not (image and dataset.bytes and dataset.train is not None):
         raise dpm.InputError("--parzen is for images of bytes, whole and from a file, and "
                              f"{about['dataset']} has none")
-    # Many examples, for a small standard error; of few, so many draws that every t comes twice
+    # Many examples, for a small standard error, but of large images no more than 2^24 numbers; of
+    # few examples so many draws that every t comes twice
     x0 = dataset.held_out(min(10_000, 2 + 2 ** 24 // D) if image else 16_000)
     draws = min(T - 1, max(5 if image else 40, -(-2 * T // len(x0))))
     if leads:

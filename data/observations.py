@@ -122,6 +122,7 @@ def nearest(dataset, x):
 
 
 def unit_of(model):
+    """What errors and distances are measured in."""
     return "of zeros and ones" if model.about["binary"] else "in units of the data's deviation"
 
 
