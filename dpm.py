@@ -17,9 +17,9 @@ what is trained and what is reported.
 
     1  the diffusions           schedule, Normal, Bernoulli, Gaussian, Binomial
     2  the network language     Tape, layers, readouts, the networks mlp, unet, paper, Optimiser
-    3  the model                DPM: the bound K, its gradient, objectives, samples
+    3  the model                DPM: the bound K, its gradient, objectives, samples; Contrast
     4  more theory              entropy bounds, Jarzynski's estimate, the learned schedule
-    5  posteriors               p(x_0) r(x_0) for any r, particles; a contrast with a worse model
+    5  posteriors               p(x_0) r(x_0) for any r, particles
     6  checkpoints              a model and its training in one file
 
 Conventions. t runs 1..T; arrays over t have T + 1 entries, and entry 0 is the data without noise:
@@ -1655,22 +1655,26 @@ class DPM:
     # Samples
 
     def sample(self, number, seed=0, steps=None, eta=1.0, batch=None, keep=(), progress=iter,
-               first=0, x_T=None):
+               first=0, x_T=None, contrast=None):
         """Samples (number, D) of p(x_0): x_T ~ pi, then x_{t-1} ~ p(x_{t-1} | x_t) for t = T..1
         (eqs. 4, 5 and 44). They are true draws, not means.
 
-        steps   use this many of the T steps, see Diffusion.shortened
-        eta     from 0, no noise, to 1, the model's, see Gaussian.p_back
-        batch   chains at a time; None: as many as have 2^16 numbers, on a GPU 2^20
-        keep    times t in 1..T, or 1..steps, whose x_t are wanted too: the result is (samples,
-                {t: x_t})
-        first   begin with sample number `first`, so that many can be drawn part by part
-        x_T     (number, D) to start from, where they are not drawn from pi
+        steps     use this many of the T steps, see Diffusion.shortened
+        eta       from 0, no noise, to 1, the model's, see Gaussian.p_back
+        batch     chains at a time; None: as many as have 2^16 numbers, on a GPU 2^20
+        keep      times t in 1..T, or 1..steps, whose x_t are wanted too: the result is (samples,
+                  {t: x_t})
+        first     begin with sample number `first`, so that many can be drawn part by part
+        x_T       (number, D) to start from, where they are not drawn from pi
+        contrast  a Contrast, for clearer samples
 
         Sample k has its own noise, from (seed, k): up to rounding it is the same on every device
-        and for every size of `batch`. InputError for steps or eta outside of their limits."""
+        and for every size of `batch`. InputError for steps or eta outside of their limits, or a
+        contrast with an eta below 1."""
         if not 0 <= eta <= 1:
             raise InputError(f"eta lies between 0 (no noise) and 1 (the model's), not {eta}")
+        if contrast and eta < 1:
+            raise InputError("a contrast needs the model's own noise: omit eta")
         model = self.shortened(steps) if steps else self
         xp, q = model.xp, model.diffusion
 
@@ -1680,7 +1684,10 @@ class DPM:
             for t in range(model.T, 0, -1):
                 if t in keep:
                     kept[t] = x
-                x = model.p_back(x, t, eta).draw(model.noise(rngs))
+                p = model.p_back(x, t, eta)
+                if contrast and decides(q, t):
+                    p = contrast.sharpened(model, p, x, t)
+                x = p.draw(model.noise(rngs))
                 tick()
             return kept | {0: x}
 
@@ -1709,6 +1716,32 @@ class DPM:
         kept = {t: self.comm.sum(x) for t, x in kept.items()}
         samples = kept.pop(0)
         return (samples, kept) if keep else samples
+
+
+def decides(q, t):
+    """Whether step t decides what x_0 will be: at higher levels x_t says little of x_0 (of small
+    pictures and of vectors), at lower ones only details are left open."""
+    return -2 <= float(q.level[t]) <= 4
+
+
+class Contrast:
+    """(p / p_weak)^w, for clearer samples. weak: a DPM of the same data with fewer weights and less
+    training. It makes the errors of the model, only larger; so we step away from it (autoguidance,
+    Karras et al. 2024, arXiv 2406.02507). p(x_0) has a bound and no value, so each step is
+    multiplied, not x_0: one which `decides` becomes p^(1 + w) / p_weak^w, normalised, p_weak with
+    the variance of p. The samples vary less; of which distribution they are, nobody knows; above
+    w = 3 some go astray. (Samples of a posterior it does not make clearer.) InputError unless w is
+    finite and 0 or more."""
+
+    def __init__(self, weak, w):
+        if not 0 <= w < math.inf:
+            raise InputError(f"the power w of a contrast is finite, and 0 or more, not {w}")
+        self.weak, self.w = weak, w
+
+    def sharpened(self, model, p, x, t):
+        """p = p(x_{t-1} | x_t = x) of the model, t >= 2 an integer, times (p / p_weak)^w."""
+        weak = self.weak.resized(*model.shape[:2]).with_diffusion(model.diffusion)
+        return p.tilted(self.w * p.slope_against(weak.p_back(x, t)))[0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1921,37 +1954,12 @@ class Function:
         return top + p.xp.log(w.sum(0)), g / w.sum(0)[:, None]
 
 
-# Levels: above them x_t says little of x_0 (of small pictures and of vectors), below them only
-# details are left open
-DECISIVE = -2, 4
-
-
-class Contrast:
-    """(p / p_weak)^w, for clearer samples. weak: a DPM of the same data with fewer weights and less
-    training. It makes the errors of the model, only larger; so we step away from it (autoguidance,
-    Karras et al. 2024, arXiv 2406.02507). p(x_0) has a bound and no value, so each step is
-    multiplied, not x_0: at the DECISIVE levels p(x_{t-1} | x_t) becomes p^(1 + w) / p_weak^w,
-    normalised, p_weak with the variance of p. The samples vary less; of which distribution they
-    are, nobody knows; above w = 3 some go astray. InputError unless w is finite and 0 or more."""
-
-    def __init__(self, weak, w):
-        if not 0 <= w < math.inf:
-            raise InputError(f"the power w of a contrast is finite, and 0 or more, not {w}")
-        self.weak, self.w = weak, w
-
-    def tilt(self, model, p, x, t):
-        """What to tilt p = p(x_{t-1} | x_t = x) of the model by, (n, D), for an integer t >= 2."""
-        weak = self.weak.resized(*model.shape[:2]).with_diffusion(model.diffusion)
-        return self.w * p.slope_against(weak.p_back(x, t))
-
-
 R_SCHEDULES = ("predicted", "constant", "annealed")
 
 
 class Posterior:
     """p(x_0) r(x_0): each p(x_{t-1} | x_t) of a model times r_{t-1}(x_{t-1}), normalised. r is an
-    Observation, a Function, or a list of them: their product; in the list a Contrast multiplies the
-    decisive steps as well. r_0 = r, and r_t is by r_schedule
+    Observation, a Function, or a list of them: their product. r_0 = r, and r_t is by r_schedule
 
         constant   r                    eq. 23
         annealed   r^((T - t) / T)      section 2.5
@@ -1967,11 +1975,11 @@ class Posterior:
     so many chains, which are drawn anew where their weights become uneven: exact in the limit of
     many, if no r_t excludes what r allows (constant and annealed do, for a known value).
 
-    A step from a level in DECISIVE is made `repeats` times; before each but the first, q_step leads
-    from x_{t-1} up to another x_t. With exact steps this is Gibbs sampling of (x_{t-1}, x_t), and
-    x_t forgets what earlier steps did wrong (as in Lugmayr et al. 2022, arXiv 2201.09865).
+    A step which `decides` is made `repeats` times; before each but the first, q_step leads from
+    x_{t-1} up to another x_t. With exact steps this is Gibbs sampling of (x_{t-1}, x_t), and x_t
+    forgets what earlier steps did wrong (as in Lugmayr et al. 2022, arXiv 2201.09865).
     InputError for another schedule, fewer than one particle or repeat, an r of another type, or
-    particles together with repeats or a Contrast."""
+    particles together with repeats."""
 
     def __init__(self, model, r, r_schedule="predicted", particles=1, repeats=1):
         if r_schedule not in R_SCHEDULES:
@@ -1983,11 +1991,10 @@ class Posterior:
         self.particles, self.repeats = particles, repeats
         self.observations = [o for o in r if isinstance(o, Observation)]
         self.functions = [f for f in r if isinstance(f, Function)]
-        self.contrasts = [c for c in r if isinstance(c, Contrast)]
-        if len(self.observations + self.functions + self.contrasts) < max(1, len(r)):
-            raise InputError("r must be an Observation, a Function, a Contrast, or a list of them")
-        if particles > 1 and (self.contrasts or repeats > 1):
-            raise InputError("neither a Contrast nor repeats go with particles: omit these")
+        if len(self.observations + self.functions) < max(1, len(r)):
+            raise InputError("r must be an Observation, a Function, or a list of them")
+        if particles > 1 and repeats > 1:
+            raise InputError("repeats do not go with particles: omit one of them")
 
     def rows(self, index, particles=1):
         """The Posterior of some of the samples only, each of them `particles` times."""
@@ -2054,27 +2061,13 @@ class Posterior:
         """The model's p(x_{t-1} | x_t = x), t >= 1; log r_t(x) (n,); and the g to tilt p by, or
         None where p is to be multiplied by r_{t-1}."""
         model, q = self.model, self.model.diffusion
-        if self.r_schedule != "predicted" or not self.observations + self.functions:
+        if self.r_schedule != "predicted":
             return model.p_back(x, t), self._log_r(x, t), None
         if t > 1:
             return self.predicted(x, t)
         z = model.xp.zeros((*x.shape, q.outputs))  # the fixed first step knows what pi knows
         log_r, _ = self.of_x0(q.x0_for_r(x, model.xp.full(len(x), 1), z))
         return model.p_back(x, 1), log_r, None
-
-    def _sharpened(self, p, x, t):
-        """p = p(x_{t-1} | x_t = x) times the Contrasts, which leave known coordinates alone."""
-        if not self.contrasts or not self._decides(t):
-            return p
-        g = sum(c.tilt(self.model, p, x, t) for c in self.contrasts)
-        for o in self.observations:
-            g = g * (o.sigma > 0)
-        return p.tilted(g)[0]
-
-    def _decides(self, t):
-        """Whether step t decides what x_0 will be: it is sharpened and repeated."""
-        low, high = DECISIVE
-        return low <= float(self.model.diffusion.level[t]) <= high
 
     def _power(self, t):
         return 1 - t / self.model.T if self.r_schedule == "annealed" else 1.0
@@ -2121,11 +2114,10 @@ class Posterior:
         for t in range(model.T, 0, -1):
             if t in keep:
                 past[t] = x
-            for repeat in range(self.repeats if self._decides(t) else 1):
+            for repeat in range(self.repeats if decides(model.diffusion, t) else 1):
                 if repeat:  # up to another x_t, and down again
                     x = model.diffusion.q_step(x, xp.full(n, t)).draw(model.noise(rngs))
                 p, log_r, g = self._step(x, t)
-                p = self._sharpened(p, x, t)
                 if N > 1:
                     rows = choose(log_p + log_r)
                     past = {s: a[rows] for s, a in past.items()}

@@ -9,8 +9,8 @@
 Writes NAME.png and NAME.npz, the arrays behind it in the data's units (bytes plus
 their noise in [0, 1): round them down): samples; with --inpaint and --denoise also
 truth, given, and unknown or mean; for images from files also nearest, the training
-images nearest to samples. The shipped digits are sharpened: --sharpen 0 draws from
-p itself.
+images nearest to samples. Free samples of the shipped digits are sharpened:
+--sharpen 0 draws from p itself.
 """
 import signal
 
@@ -65,7 +65,7 @@ def arguments():
     g.add_argument("--input", metavar="FILE", nargs="+",
                    help="your own pictures, to complete, or noisy ones")
     g.add_argument("--particles", metavar="N", type=int, default=1,
-                   help="weighted chains for each sample, neither sharpened nor repeated (1)")
+                   help="weighted chains for each sample, without repeats (1)")
     g.add_argument("--repeats", metavar="N", type=int, help="make each decisive step N times "
                    f"(--inpaint of images: {sampling.REPEATS}; else 1)")
     g.add_argument("--r-schedule", metavar="NAME", choices=dpm.R_SCHEDULES,
@@ -105,8 +105,7 @@ def check(args):
     if args.sharpen is not None and not 0 <= args.sharpen < math.inf:
         raise dpm.InputError(f"--sharpen must be finite, and 0 or more, not {args.sharpen}")
     if (args.weak is not None or args.sharpen) and not sampling.can_sharpen(args):
-        raise dpm.InputError("--weak and --sharpen are for free samples and --inpaint, without "
-                             "--particles and --eta")
+        raise dpm.InputError("--weak and --sharpen are for free samples, without --eta")
     if not 0 <= args.eta <= 1:
         raise dpm.InputError(f"--eta lies between 0 and 1, not at {args.eta}")
     if args.mode != "samples" and args.eta != 1:
@@ -153,13 +152,12 @@ def main():
     if not free and not args.input:
         truth = observations.test_examples(dataset, args)
         number = len(truth)                         # there may be fewer than the default
-    r, x_T, unknown, sets, extra, arrays = sharpen, None, None, {}, {}, {}
+    r, x_T, unknown, sets, extra, arrays = None, None, None, {}, {}, {}
     if not free:
-        given, unknown, observation = observations.observed(model, args, truth, draws)
-        r = [observation, *sharpen]
+        given, unknown, r = observations.observed(model, args, truth, draws)
         if args.mode == "denoise" and not (binary or args.particles > 1 or args.r_schedule):
             model, x_T = observations.begun(model, np.repeat(given, draws, 0), args.denoise)
-            r = []                                  # noise under data is what the chain undoes
+            r = None                                # noise under data is what the chain undoes
         noisy = args.input and args.mode == "denoise"
         sets = ({} if noisy else {"truth": truth[:, None]}) | {"given": given[:, None]}
         arrays = {name: model.raw(x[:, 0]) for name, x in sets.items()}
@@ -168,11 +166,11 @@ def main():
     say(f"{checkpoint} on {runs.device_name(model.xp)}: {number} "
         f"{kind if number > 1 else kind[:-1]} of {data.printable(model.about['dataset'])}, "
         f"{model.T} of T = {whole.T} steps"
-        f"{f', sharpened by {sharpen[0].w:g}' if sharpen else ''}", flush=True)
+        f"{f', sharpened by {sharpen.w:g}' if sharpen else ''}", flush=True)
 
     for path in paths.values() if model.comm.rank == 0 else ():
         runs.writable(path)                         # an error now, and not at the end
-    sample, chains = sampling.sampler(model, args, r, x_T), number * draws
+    sample, chains = sampling.sampler(model, args, r, x_T, sharpen), number * draws
     kept = sampling.on_the_way(sample, chains, args, kind, model.T)
     if kept and chains <= sampling.MOVED[kind]:
         parts = iter([kept[0]])                     # these are all of them

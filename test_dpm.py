@@ -73,10 +73,10 @@ MAP = [  # equation, what it says, where it is in dpm.py, which tests hold it
      "Posterior.predicted Posterior.of_x0 Gaussian.dp_x0 Binomial.dp_x0 Gaussian.guided",
      "test_denoising_follows_its_recursion test_r_of_what_a_network_predicts "
      "test_guidance_moves_the_mean test_guidance_by_a_function "
-     "test_repeats_come_closer_to_the_truth"),
+     "test_repeats_follow_their_recursion test_repeats_come_closer_to_the_truth"),
     ("SD section 2.5", "times (p / p_weak)^w", "Contrast Normal.slope_against "
      "Bernoulli.slope_against",
-     "test_a_contrast_is_a_ratio_of_kernels test_contrast_and_repeats_follow_their_recursion"),
+     "test_a_contrast_is_a_ratio_of_kernels test_a_contrast_follows_its_recursion"),
     ("SD 24, 25-36", "bounds on the entropy of a reverse step", "entropy_bounds",
      "test_entropy_bounds_of_gaussian_data test_entropy_bounds_of_bits"),
     ("SD 44", "the fixed first step", "DPM.p_back", "test_the_first_step"),
@@ -1296,7 +1296,7 @@ def test_sample_k_is_the_same_in_any_batch():
 
     close(model.sample(3, seed=3, progress=shown), x[:3])
     model.bound(x, rng(2), batch=3, progress=shown)
-    dpm.Posterior(model, dpm.Contrast(model, 1)).sample(3, progress=shown)
+    dpm.Posterior(model, CURVE).sample(3, progress=shown)
     close(model.sample(7, seed=3, batch=2, progress=shown), x)
     assert ended == [12, 3, 12, 4 * 12]
     large = dpm.DPM(gaussian(2), gaussian_model().network, (1, 1, 70_000), threads=2)
@@ -1329,7 +1329,7 @@ def test_a_shortened_chain_is_a_diffusion(make, options):
     assert (model.sample(4, steps=40) == model.sample(4)).all() and model.T == 40
     for S in (1, 41):
         for of in (model.shortened, lambda S: model.sample(2, steps=S),
-                   lambda S: dpm.Posterior(model, dpm.Contrast(model, 1)).sample(2, steps=S)):
+                   lambda S: dpm.Posterior(model, CURVE).sample(2, steps=S)):
             with refused("2..40 steps"):
                 of(S)
 
@@ -2038,7 +2038,6 @@ def test_bad_observations(y, sigma, says):
 @pytest.mark.parametrize("r, options, says", [
     ("ink", {}, "r must be"), ([], {}, "r must be"), ([CURVE, "ink"], {}, "r must be"),
     ([dpm.Observation([1.0, 0], [0, np.inf])] * 2, {}, "two observations know"),
-    (dpm.Contrast(gaussian_model(D=2), 1), dict(particles=2), "go with particles"),
     (CURVE, dict(particles=2, repeats=2), "go with particles"),
     (CURVE, dict(repeats=0), "1 or more"), (CURVE, dict(particles=0), "1 or more"),
     (CURVE, dict(r_schedule="linear"), "no r-schedule"),
@@ -2075,50 +2074,50 @@ def test_a_contrast_is_a_ratio_of_kernels():
     close(log_Z, (800 + np.log(one)).sum(1))
 
 
-@pytest.mark.parametrize("w, repeats, steps", [(1.5, 1, None), (0.0, 3, 10), (1.5, 3, 10)])
-def test_contrast_and_repeats_follow_their_recursion(w, repeats, steps):
-    """Kernels of Gaussian data are linear in x_t, and so is their contrast, whose chain has a
-    variance that goes back step by step, and up by q_step."""
-    model, weak = gaussian_model(0.5, D=2).shortened(steps or 50), gaussian_model(1.5, D=2)
-    weak, q = weak.with_diffusion(model.diffusion), model.diffusion
-    variance, one, extra = 1.0, np.ones((1, 2)), 0
+def chain_variance(model, mean, again=0):
+    """Of the chain of Gaussian data, where a step has the mean mean(p, t) x_t: it goes back step by
+    step, and at those that decide `again` times up by q_step and back; and how often it went up."""
+    q, variance, extra, one = model.diffusion, 1.0, 0, np.ones((1, 2))
     for t in range(model.T, 0, -1):
-        p, p_weak = model.p_back(one, t), weak.p_back(one, t)
-        decides = -2 <= q.level[t] <= 4
-        slope = (p.mean + w * decides * (p.mean - p_weak.mean))[0, 0]
+        p, decides = model.p_back(one, t), -2 <= q.level[t] <= 4
+        slope = mean(p, t if decides else None)[0, 0]
         step = lambda v: slope ** 2 * v + np.broadcast_to(p.variance, (1, 2))[0, 0]
         variance = step(variance)
-        for _ in range((repeats - 1) * decides):
+        for _ in range(again * decides):
             variance, extra = step((1 - q.beta[t]) * variance + q.beta[t]), extra + 1
-    assert variance < 0.3 if w else variance == approx(0.5, rel=0.1)  # p has about 0.5
-    assert extra == 0 if repeats == 1 else 4 < extra < 2 * model.T
-    posterior = dpm.Posterior(model, dpm.Contrast(gaussian_model(1.5, D=2), w), repeats=repeats)
+    return variance, extra
+
+
+def test_repeats_follow_their_recursion():
+    model = gaussian_model(0.5, D=2).shortened(10)
+    variance, extra = chain_variance(model, lambda p, t: p.mean, again=2)
+    assert variance == approx(0.5, rel=0.1) and 4 < extra < 2 * model.T  # p has about 0.5
+    nothing = dpm.Function(lambda x: 0 * x[:, 0], lambda x: 0 * x)
+    posterior = dpm.Posterior(model, nothing, "constant", repeats=3)
     x = posterior.sample(20_000, 4, batch=20_000)
     assert x.var() == approx(variance, rel=0.02) and abs(x.mean()) < 0.01
     close(posterior.sample(2, 4, first=7), x[7:9])
 
 
-def test_what_a_contrast_leaves_alone():
-    """A known coordinate, and steps that decide little. Of a model and itself there is no
-    contrast."""
-    model, weak, w = gaussian_model(0.5, D=2), gaussian_model(1.5, D=2), 1.5
-    close(dpm.Posterior(model, dpm.Contrast(model, w)).sample(9, 4), model.sample(9, 4))
-    r = [dpm.Observation([0.7, 0], [0, np.inf]), dpm.Contrast(weak, w)]
-    for schedule in dpm.R_SCHEDULES:
-        x = np.array([[1.3, -0.4]])
-        p, p_weak = (m.p_back(x, 20) for m in (model, weak))
-        moved = dpm.Posterior(model, r, schedule)._sharpened(p, x, 20).mean
-        close(moved, p.mean + [0, w] * (p.mean - p_weak.mean))
-        assert model.diffusion.level[50] > 4
-        assert all(dpm.Posterior(model, r, schedule)._sharpened(p, x, t) is p for t in (1, 50))
-    two = [dpm.Contrast(weak, w), dpm.Contrast(other := gaussian_model(3.0, D=2), 0.5)]
-    moved, p_other = dpm.Posterior(model, two)._sharpened(p, x, 20).mean, other.p_back(x, 20)
-    close(moved, p.mean + w * (p.mean - p_weak.mean) + 0.5 * (p.mean - p_other.mean))
+def test_a_contrast_follows_its_recursion():
+    """Kernels of Gaussian data are linear in x_t, and so is their contrast at the steps that decide
+    what x_0 will be. Of a model and itself there is none."""
+    (model, weak), w, one = (gaussian_model(v, D=2) for v in (0.5, 1.5)), 1.5, np.ones((1, 2))
+    variance, _ = chain_variance(model, lambda p, t: p.mean if t is None else (
+        p.mean + w * (p.mean - weak.p_back(one, t).mean)))
+    assert variance < 0.3 and model.diffusion.level[50] > 4
+    x = model.sample(20_000, 4, batch=20_000, contrast=dpm.Contrast(weak, w))
+    assert x.var() == approx(variance, rel=0.02) and abs(x.mean()) < 0.01
+    close(model.sample(2, 4, first=7, contrast=dpm.Contrast(weak, w)), x[7:9])
+    close(model.sample(9, 4, contrast=dpm.Contrast(model, w)), model.sample(9, 4))
+    with refused("omit eta"):
+        model.sample(2, eta=0.5, contrast=dpm.Contrast(weak, w))
     pictures, small = (small_model(shape=(side, 5, 1), network="unet") for side in (6, 4))
     small.theta *= 0.9  # a U-Net of another size is one of this size
     x = rng(83).standard_normal((2, 30))
     p, p_small = (m.p_back(x, 5) for m in (pictures, small.resized(6, 5)))
-    close(dpm.Contrast(small, w).tilt(pictures, p, x, 5), w * p.slope_against(p_small))
+    close(dpm.Contrast(small, w).sharpened(pictures, p, x, 5).mean,
+          p.mean + w * (p.mean - p_small.mean))
 
 
 def test_resampling():
@@ -2626,8 +2625,10 @@ def test_gpu_agrees_with_cpu(where, network, shape, q, options, tmp_path, monkey
         same(lambda model: dpm.Posterior(
             model, [dpm.Observation(model.xp.asarray(x0), known, model.xp), rise], schedule,
             particles).sample(9, 1, steps=5))
-    same(lambda model: dpm.Posterior(model, [dpm.Observation(x0, known, model.xp), dpm.Contrast(
-        dpm.load(tmp_path / "w.npz", model.xp), 1)], repeats=2).sample(9, 1, steps=5))
+    same(lambda model: dpm.Posterior(model, dpm.Observation(x0, known, model.xp), repeats=2).sample(
+        9, 1, steps=5))
+    weak = lambda xp: dpm.Contrast(dpm.load(tmp_path / "w.npz", xp), 1)
+    same(lambda model: model.sample(9, 1, steps=5, contrast=weak(model.xp)))
     draws = lambda a, *key: Draws(np.random.PCG64(len(key)), a.asarray)  # the host's, on both
     every_t = lambda n, share, u: np.flatnonzero(share)[np.arange(n) % np.count_nonzero(share)]
     monkeypatch.setattr(dpm, "generator", draws)
@@ -3300,9 +3301,6 @@ def test_free_samples(place):
     for w, equal in ((0, True), (0.5, False)):
         sharp = drawn(place, "--number", 3, "--weak", "runs/weak", "--sharpen", w)
         assert (sharp.samples == a.samples).all() == equal == ("sharpened" not in sharp.said)
-    plain, sharp = (drawn(place, "--inpaint", "--number", 1, "--weak", "runs/weak", "--sharpen", w)
-                    for w in (0, 0.5))
-    assert (sharp.samples != plain.samples)[..., plain.unknown].all()
     assert drawn(place, "--number", 50, run="roll").samples.shape == (50, 2)
     assert drawn(place, run="roll").samples.shape == (2000, 2)      # as many as --help says
     newest = done("sample", "--number", 1, "--out", "b", cwd=place.path).out
@@ -3331,16 +3329,16 @@ def test_which_run_is_meant(tmp_path, monkeypatch):
 
 
 def test_how_the_shipped_digits_are_sharpened():
-    """By the weak model beside them; but not what is denoised, or has particles."""
+    """By the weak model beside them; but only free samples with the model's own noise."""
     model, weak = dpm.load(sampling.SHIPPED), dpm.load(HERE / "data" / "mnist" / "weak.npz")
-    usual = dict(weak=None, sharpen=None, mode="samples", particles=1, eta=1.0)
-    for change, w in [({}, 2), (dict(sharpen=0.5), 0.5), (dict(mode="inpaint"), 2),
-                      (dict(sharpen=0.0), None), (dict(mode="denoise"), None),
-                      (dict(particles=2), None), (dict(eta=0.5), None)]:
+    usual = dict(weak=None, sharpen=None, mode="samples", eta=1.0)
+    for change, w in [({}, 2), (dict(sharpen=0.5), 0.5), (dict(sharpen=0.0), None),
+                      (dict(mode="inpaint"), None), (dict(mode="denoise"), None),
+                      (dict(eta=0.5), None)]:
         flags = types.SimpleNamespace(**usual | change)
         found = sampling.contrast(model, flags, sampling.SHIPPED)
-        assert [c.w for c in found] == [w] * (w is not None)
-        assert all((c.weak.theta == weak.theta).all() for c in found)
+        assert (found and found.w) == w
+        assert found is None or (found.weak.theta == weak.theta).all()
 
 
 @scripts
@@ -3622,8 +3620,9 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path, monkeypatch):
             ("--denoise takes", *known, "--denoise", "nan"),
             ("--sharpen must", *known, "--sharpen", -1), ("needs a worse", *known, "--sharpen", 1),
             ("--sharpen must", *known, "--sharpen", "nan"),
-            ("without --particles", *known, "--denoise", 1, "--weak", digits),
-            ("without --particles", *known, "--weak", digits, "--eta", 0),
+            ("are for free samples", *known, "--denoise", 1, "--weak", digits),
+            ("are for free samples", *known, "--inpaint", "--sharpen", 1),
+            ("without --eta", *known, "--weak", digits, "--eta", 0),
             ("of other data", *known, "--weak", roll), ("of another pi", "--checkpoint",
              place.runs / "heartbeat", "--weak", "pi.npz"), ("itself", *known, "--weak", digits),
             ("no such", *known, "--weak", "nowhere"),

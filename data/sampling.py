@@ -20,8 +20,8 @@ PIXEL = 10_000                  # bytes that a network takes for a pixel, about
 
 
 def can_sharpen(args):
-    """Denoising needs the model's own steps; particles and other noise don't go with a Contrast."""
-    return args.mode != "denoise" and args.particles == args.eta == 1
+    """What is given makes posterior samples clear; less noise does not go with a Contrast."""
+    return args.mode == "samples" and args.eta == 1
 
 
 def check_room(model, args, chains, path):
@@ -48,14 +48,14 @@ def check_room(model, args, chains, path):
 
 
 def contrast(model, args, checkpoint):
-    """The Contrast that sharpens the samples, in a list; or an empty list."""
+    """The Contrast that sharpens the samples, or None."""
     w, path = SHARPEN if args.sharpen is None else args.sharpen, args.weak
     if path is None and SHIPPED.exists() and os.path.samefile(checkpoint, SHIPPED):
         path = WEAK
     if args.sharpen and path is None:
         raise dpm.InputError("--sharpen needs a worse model of the same data: --weak PATH")
     if path is None or not can_sharpen(args) or (args.weak is None and not w):
-        return []
+        return None
     weak = runs.load(path := runs.checkpoint_in(path), model.xp, model.comm)
     if os.path.samefile(path, checkpoint):
         raise dpm.InputError(f"--weak {path}: this is the model itself; give a worse one")
@@ -64,7 +64,7 @@ def contrast(model, args, checkpoint):
         raise dpm.InputError(f"--weak {path}: a model of other data, or of another pi")
     if weak.about["predict"] not in ("v", model.about["predict"]):
         raise dpm.InputError(f"--weak {path}: predicts {weak.about['predict']}; give one with v")
-    return [dpm.Contrast(weak, w)] if w else []
+    return dpm.Contrast(weak, w) if w else None
 
 
 def repeats_of(args, kind):
@@ -82,13 +82,14 @@ def shortened(model, args):
     return model if S is None else model.shortened(S)
 
 
-def sampler(model, args, r, x_T):
-    """A function that draws n samples: posterior where there is an r, a list, or else free, from
-    x_T where that is given."""
+def sampler(model, args, r, x_T, sharpen):
+    """A function that draws n samples: posterior where there is an r, or else free, from x_T where
+    that is given."""
     options = dict(seed=args.seed, progress=lambda ticks: runs.bar(ticks, "reverse steps"))
-    if not r:
+    if r is None:
         return lambda n, **more: model.sample(
-            n, eta=args.eta, x_T=None if x_T is None else x_T[:n], **options, **more)
+            n, eta=args.eta, x_T=None if x_T is None else x_T[:n], contrast=sharpen, **options,
+            **more)
     posterior = dpm.Posterior(model, r, args.r_schedule or "predicted", args.particles,
                               repeats_of(args, figures.kind_of(model)))
     return lambda n, **more: posterior.rows(slice(n)).sample(n, **options, **more)
