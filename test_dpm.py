@@ -3356,7 +3356,8 @@ def test_the_benchmark_counts(tmp_path):
     assert weights == len(model.theta) and list(tmp_path.iterdir()) == []
     matrices = sum(math.prod(s) for layer in model.layers for s in layer.shapes.values() if s[1:])
     assert gflop == approx(6 * 8000 * matrices / 1e9, abs=0.006)
-    assert speed == approx(8000 / ms * 1e3, rel=0.01) and rate == approx(gflop / ms * 1e3, rel=0.02)
+    assert speed == approx(8000 / ms * 1e3, rel=0.01)
+    assert rate == approx(gflop / ms * 1e3, rel=0.01, abs=0.6)      # printed without decimals
     assert share / 100 == approx(rate / limit, rel=0.5) and share < 150
     assert 0 < of(r"reverse step of 64 +(\S+) ms")[0] < ms
     assert 0.05 < of(r"peak memory +(\S+) GiB")[0] < 20
