@@ -224,6 +224,10 @@ class Normal:
         other, tilted by it, is self."""
         return (self.mean - other.mean) / self.variance
 
+    def with_noise(self, eta):
+        """The same mean, and eta times the deviation."""
+        return Normal(self.xp, self.mean, eta ** 2 * self.variance)
+
     def take(self, rows):
         """The distributions of these examples."""
         variance = self.xp.broadcast_to(self.variance, self.mean.shape)
@@ -283,6 +287,12 @@ class Bernoulli:
     def slope_against(self, other):
         """How far the log odds lie above those of other, (n, D): other, tilted by it, is self."""
         return self.xp.log(self.one / self.zero) - self.xp.log(other.one / other.zero)
+
+    def with_noise(self, eta):
+        """Itself; InputError unless eta is 1."""
+        if eta != 1:
+            raise InputError("bits have no path without noise: eta is 1 for them")
+        return self
 
     def take(self, rows):
         """The distributions of these examples."""
@@ -618,10 +628,8 @@ class Binomial(Diffusion):
 
     def p_back(self, xt, t, z, eta=1.0):
         """B(m q_1 + (1 - m) q_0), q_x = q(x_{t-1} = 1 | x_t, x_0 = x)."""
-        if eta != 1:
-            raise InputError("a diffusion of bits has no path without noise: --eta is for numbers")
         m, (q1, q0) = self.p_x0(xt, t, z), (self.q_back(x, xt, t) for x in (1, 0))
-        return self._mixture(m.one, m.zero, q1, q0)
+        return self._mixture(m.one, m.zero, q1, q0).with_noise(eta)
 
     def kl(self, x0, xt, t, z, v_weight=None):
         """Per bit, with b of q_back and f of p_back,
@@ -1529,7 +1537,7 @@ class DPM:
         if t > 1:
             return q.p_back(x, t_x, self.forward(x, t_x), eta)
         p = q.p_x0(x, t_x, self.forward(x, t_x)) if q.discretised else q.q_step(x, t_x)
-        return p if eta == 1 else type(p)(self.xp, p.mean, eta ** 2 * p.variance)
+        return p.with_noise(eta)
 
     # The bound
 

@@ -1359,8 +1359,10 @@ def test_steps_with_less_noise():
     for eta in (-0.5, 1.5):
         with refused("eta lies"):
             model.sample(2, eta=eta)
-    with refused("bits has no path"):
-        bits()[0].sample(2, eta=0.5)
+    of_bits, states, *_ = bits()
+    for t in (1, 2):
+        with refused("bits have no path"):
+            of_bits.p_back(states, t, eta=0.5)
 
 
 class Rank:
