@@ -23,13 +23,14 @@ what is trained and what is reported.
     6  checkpoints              a model and its training in one file
 
 Conventions. t runs 1..T; arrays over t have T + 1 entries, and entry 0 is the data without noise:
-alpha_bar[0] = 1. Data is a matrix (n, D), of mean about 0 and average variance 1, or of bits. The
-paper's symbols are the names; mu~_t and beta~_t, DDPM's, are the mean and the variance of
-q(x_{t-1} | x_t, x_0). x^ is an estimate of x, x^2 a square, x' a transposed matrix. f_sigma is a
-variance, sigma a standard deviation; pi is a distribution, but 3.14 in 2 pi or pi/2. `dname` is the
-gradient of the loss in `name`; a fraction such as dx / dphi is an ordinary derivative. Everything
-is in nats. Schedules, KLs and entropies are float64; only the network and the noise of its training
-are float32. `xp` is numpy or cupy, and every array of a model is an array of its xp.
+alpha_bar[0] = 1. Data is a matrix (n, D) of bits or of numbers, which are real values of mean about
+0 and average variance 1. The paper's symbols are the names; mu~_t and beta~_t, DDPM's, are the mean
+and the variance of q(x_{t-1} | x_t, x_0). x^ is an estimate of x, x^2 a square, x' a transposed
+matrix. f_sigma is a variance, sigma a standard deviation; pi is a distribution, but 3.14 in 2 pi or
+pi/2. `dname` is the gradient of the loss in `name`; a fraction such as dx / dphi is an ordinary
+derivative. Everything is in nats. Schedules, KLs and entropies are float64; only the network and
+the noise of its training are float32. `xp` is numpy or cupy, and every array of a model is an array
+of its xp.
 """
 # 0. Tools: threads, memory, errors, backends, random generators, files. For a first reading it is
 # enough to know that they are here.
@@ -141,8 +142,8 @@ def schedule(kind, T, beta_1):
 
     kind    logsnr   level_t = logit(1 - alpha_bar_t), minus the log of signal over noise, linear in
                      t, from logit(beta_1) to 10: alpha_bar is a sigmoid of t
-            paper    beta_t = 1 / (T - t + 1) for t >= 2 (footnote 2, section 2.4.1): every step
-                     takes the same part of the signal
+            paper    beta_t = 1 / (T - t + 1) for t >= 2 (footnote 2, section 2.4.1): alpha_bar
+                     falls linearly in t
             linear   beta_t on the line from 1e-4 to 0.02, times 1000 / T, at most 0.999 (DDPM)
             cosine   alpha_bar_t = (1 - beta_1) cos(0.99 pi/2 u), u from 0 (t = 1) to 1 (t = T):
                      ours, for bits; not Nichol & Dhariwal's, which has cos^2
@@ -210,13 +211,13 @@ class Normal:
         return product, (g * (self.mean + product.mean) / 2).sum(1)
 
     def along(self, g):
-        """Points (k, n, D) on the line through the mean along which g x varies most, evenly spaced
-        up to 4 deviations, and the log of their weights (k, 1). For the mean of a function of g x
-        they are enough, whatever D is."""
+        """Points (k, n, D) on the line through the mean along variance g, the mean of x given g x.
+        They are evenly spaced up to 4 deviations of g x; and the log of their weights (k, 1). For
+        the mean of a function of g x they are enough, whatever D is."""
         h = self.xp.linspace(-4, 4, 17)[:, None]
-        steepest = self.variance * g
-        size = self.xp.sqrt((steepest * g).sum(1, keepdims=True))  # the deviation of g x
-        points = self.mean + h[:, None] * steepest / self.xp.where(size > 0, size, 1.0)
+        line = self.variance * g
+        size = self.xp.sqrt((line * g).sum(1, keepdims=True))  # the deviation of g x
+        points = self.mean + h[:, None] * line / self.xp.where(size > 0, size, 1.0)
         return points, -0.5 * h ** 2 - self.xp.log(self.xp.exp(-0.5 * h ** 2).sum())
 
     def slope_against(self, other):
@@ -281,7 +282,7 @@ class Bernoulli:
         return self.times(0 * self.one, g)
 
     def along(self, g):
-        """The mean alone: between the bits there is nothing to be averaged."""
+        """The mean alone: between its bits no gradient says anything."""
         return self.mean[None], self.xp.zeros((1, 1))
 
     def slope_against(self, other):
@@ -300,9 +301,9 @@ class Bernoulli:
 
 
 class Diffusion:
-    """What a diffusion offers; only what is for numbers alone (`objective`, `decode`, the learned
-    schedule) knows more. Gaussian and Binomial give the formulas. t is an integer array (n,), one
-    entry for each example, or one integer where so said. z (n, D, outputs) is what the network says
+    """What both diffusions offer, Gaussian and Binomial, which give the formulas. (`objective` and
+    LearnedSchedule use more of Gaussian.) t is an integer array (n,), one entry for each example,
+    or one integer where so said. z (n, D, outputs) is what the network says
     of x_t, `outputs` numbers for each coordinate.
 
     q_step(x, t)         q(x_t | x_{t-1} = x), the kernel T_pi of eq. 2. It leaves pi unchanged, and
@@ -357,8 +358,8 @@ class Diffusion:
 
     def shortened(self, S):
         """The diffusion of S steps through S + 1 of these times, 0, 1 and T among them: a part of
-        alpha_bar is again a schedule. InputError unless 2 <= S <= T. (PaperKernel, in chapter 2,
-        is not made for it: its numbers mean what they mean with the beta of its training.)"""
+        alpha_bar is again a schedule. InputError unless 2 <= S <= T. (Not for PaperKernel, in
+        chapter 2: its output is for the beta_t of its training.)"""
         if not 2 <= S <= self.T:
             raise InputError(f"{S} steps: a chain of {self.T} can be cut to 2..{self.T} steps")
         times = np.concatenate([[0], np.round(np.linspace(1, self.T, S)).astype(int)])
@@ -380,7 +381,7 @@ class Gaussian(Diffusion):
 
     x_t = cos phi_t x_0 + sin phi_t eps turns from data to noise, with cos^2 phi_t = alpha_bar_t.
     v is the network's guess of the velocity v* = dx_t / dphi = cos phi eps - sin phi x_0, which has
-    unit size at every t, and u its guess of its own error (v* - v)^2. z = (v, u), in float64, says
+    unit size at every t, and u its guess of its own error (v* - v)^2. z = (v, u) says
 
         x_0 ~ N(cos phi x_t - sin phi v, sin^2 phi u)
 
@@ -683,7 +684,7 @@ class Binomial(Diffusion):
 # 2. The network language
 # ------------------------------------------------------------------------------------------------
 # A network is a tree of layers, and every layer has its backward under its forward. A layer knows
-# the shapes of its weights and nothing else: weights, gradients and saved arrays are on a Tape, one
+# the shapes of its weights, but no values: weights, gradients and saved arrays are on a Tape, one
 # for each thread. Arrays are (n, H, W, C): examples, rows, columns, channels; a vector is an image
 # of one pixel. No layer writes into an array that it was given.
 
@@ -758,7 +759,7 @@ class Dense(Layer):
 
 class Conv3x3(Layer):
     """y_i = sum_k x_{i+k} W_k, where i + k, k = 0..8, is the k-th of the nine pixels around i, zero
-    beyond the border. Pixel i is the (8-k)-th of those around its own k-th, so that
+    beyond the border. Where j = i + k, i = j + (8 - k), so that
 
     dx_i = sum_k dy_{i+k} W_{8-k}'        dW_{8-k}' = sum_i dy_{i+k}' x_i
 
@@ -782,7 +783,7 @@ class Conv3x3(Layer):
 
     @staticmethod
     def _turned(W):
-        """The W_{8-k}' under each other, (9 outputs, inputs); of these, W again."""
+        """The W_{8-k}', stacked to (9 outputs, inputs); of these it makes W again."""
         return W.reshape(9, -1, W.shape[1])[::-1].transpose(0, 2, 1).reshape(-1, len(W) // 9)
 
     def forward(self, x, tape):
@@ -806,7 +807,7 @@ class Conv3x3(Layer):
 class Time(Layer):
     """y = x + c, c = f(e) with f dense: the same for all pixels of an example.
 
-    dc = dy summed over the pixels        de += f'(dc)        dx = dy"""
+    dc = dy summed over the pixels        de += f'(dc), f' the backward of f        dx = dy"""
 
     def __init__(self, time, width):
         self.layers = (Dense(time, width),)
@@ -1003,7 +1004,7 @@ class Edges(Layer):
 
 
 class Bumps(Layer):
-    """y = sum_j x_j g_j(level), eqs. 62 and 63: the channels of x are `number` readouts x_j, mixed
+    """y = sum_j x_j g_j(level), eqs. 62 and 63: the channels of x are `number` vectors x_j, mixed
     by Gaussian bumps g_j of the noise level, which sum to 1. Their centres c_j are evenly spaced
     between `lowest` and `highest`, their width w is half of the spacing. (The paper has bumps in t,
     which is the same for the schedule logsnr.)
@@ -1217,8 +1218,8 @@ def paper(channels, readout, outputs, pixels=1, pools=(1, 2, 4), maps=8, hidden=
     return Network(body, readout)
 
 
-# Checkpoints hold weights for these as they are, in this order, and `sizes`, their arguments. A
-# change with which old checkpoints are still to be read is a new argument; its default is as before
+# A checkpoint holds weights in the order of these layers, and `sizes`, the arguments. To change a
+# network and still read old checkpoints, add an argument whose default is the old way
 NETWORKS = dict(mlp=mlp, unet=unet, paper=paper)
 READOUTS = dict(v=Velocity, eps=Epsilon, paper=PaperKernel, bits=LogOdds)
 
@@ -1352,7 +1353,7 @@ OBJECTIVES = "K", "focused", "simple", "mean"
 def objective(kind, q):
     """What training descends, as tables over t (T + 1,): frequency, t is drawn in proportion to it,
     on the host; weight, of the loss of a drawn t; v_weight, of (v - v*)^2 in this loss, or None for
-    the KL's own. All kinds are one squared error, so they have the same minimiser, with a weight of
+    the KL's own. All weigh one error, (v - v*)^2, so they have the same best v. The weights:
 
     K        1/2 c_t / (1 + c_t u), and the terms in u: eq. 14
     focused  K's, times 1 + 8 exp(-(level_t + 1)^2 / 25), by which t is drawn as well, and
@@ -1381,13 +1382,13 @@ def objective(kind, q):
     elif kind != "K":
         raise InputError(f"no objective '{kind}' here: choose {', '.join(OBJECTIVES)}; the last "
                          "two are for numbers")
-    if q.discretised:  # the decoder's gradient is the noisiest: a twentieth of the draws
+    if q.discretised:  # the decoder's gradient is the noisiest: 1 in 21 draws
         frequency[1], weight[1] = 0.05 * frequency.sum(), 1.0
     return to_host(frequency), weight, v_weight
 
 
 def stratified(number, frequency, u):
-    """`number` times t with one offset u in [0, 1), each in proportion to frequency (T + 1,)."""
+    """`number` draws of t, from one offset u in [0, 1), in proportion to frequency (T + 1,)."""
     ends = np.cumsum(frequency)
     t = np.searchsorted(ends, (np.arange(number) + u) / number * ends[-1], side="right")
     return np.minimum(t, len(frequency) - 1)  # (i + u) / number can round up to 1
@@ -1420,9 +1421,9 @@ class DPM:
     scale, by which samples get the data's units (raw = x scale + shift), and `about`, a dict of
     what else is to be known of the run. learned: a LearnedSchedule (chapter 4), or None.
 
-    A batch is dealt out in shares, one for each thread of each rank of `comm` (MPI): example i goes
-    to share i mod (number of shares). Noise depends on this number alone, sums too, up to rounding;
-    2 ranks of 1 thread give the same bits as 1 rank of 2."""
+    A batch is dealt out in S shares, one for each thread of each rank of `comm` (MPI): example i
+    goes to share i mod S. With the same S noise is the same, and so are sums but for rounding; 2
+    ranks of 1 thread give the same bits as 1 rank of 2."""
 
     def __init__(self, diffusion, network, shape, shift=0.0, scale=1.0, about=None, threads=None,
                  dtype="float32", seed=0, theta=None, learned=None, comm=None):
@@ -1532,7 +1533,7 @@ class DPM:
 
     def p_back(self, x, t, eta=1.0):
         """p(x_{t-1} | x_t = x) for x (n, D) and an integer t >= 1: the network's. At t = 1 it is
-        the fixed first step (eq. 44), or a discretised decoder's p_x0. eta: Gaussian.p_back."""
+        the fixed last step (eq. 44), or a discretised decoder's p_x0. eta: Gaussian.p_back."""
         q, t_x = self.diffusion, self.xp.full(len(x), t)
         if t > 1:
             return q.p_back(x, t_x, self.forward(x, t_x), eta)
@@ -1683,7 +1684,7 @@ class DPM:
             raise InputError(f"eta lies between 0 (no noise) and 1 (the model's), not {eta}")
         if contrast and eta < 1:
             raise InputError("a contrast needs the model's own noise: omit eta")
-        model = self.shortened(steps) if steps else self
+        model = self if steps is None else self.shortened(steps)
         xp, q = model.xp, model.diffusion
 
         def draw_batch(rngs, rows, tick):
@@ -1727,19 +1728,19 @@ class DPM:
 
 
 def decides(q, t):
-    """Whether step t decides what x_0 will be: at higher levels x_t says little of x_0 (of small
-    pictures and of vectors), at lower ones only details are left open."""
+    """Whether step t decides what x_0 will be: at higher levels x_t says little of x_0, at lower
+    ones only details are left open."""
     return -2 <= float(q.level[t]) <= 4
 
 
 class Contrast:
     """(p / p_weak)^w, for clearer samples. weak: a DPM of the same data with fewer weights and less
     training. It makes the errors of the model, only larger; so we step away from it (autoguidance,
-    Karras et al. 2024, arXiv 2406.02507). p(x_0) has a bound and no value, so each step is
-    multiplied, not x_0: one which `decides` becomes p^(1 + w) / p_weak^w, normalised, p_weak with
-    the variance of p. The samples vary less; of which distribution they are, nobody knows; above
-    w = 3 some go astray. (Samples of a posterior it does not make clearer.) InputError unless w is
-    finite and 0 or more."""
+    Karras et al. 2024, arXiv 2406.02507). p(x_0) cannot be computed, so steps are multiplied: one
+    which `decides` becomes p^(1 + w) / p_weak^w, normalised, p_weak with the variance of p. The
+    samples vary less; of which distribution they are, nobody knows; above w = 3 some go astray.
+    (Samples of a posterior it does not make clearer.) InputError unless w is finite and 0 or more.
+    """
 
     def __init__(self, weak, w):
         if not 0 <= w < math.inf:
@@ -1943,6 +1944,11 @@ class Function:
                              f"|x| is {float(abs(x).max()):.3g}")
         return value
 
+    @classmethod
+    def product(cls, functions):
+        return cls(lambda x: sum(f.log_r(x) for f in functions),
+                   lambda x: sum(f.gradient(x) for f in functions))
+
     def log_r(self, x):
         return self._checked(self._log_r(x), x.shape[:1], "log_r", x)
 
@@ -1951,8 +1957,8 @@ class Function:
 
     def averaged(self, p):
         """log E[r(x)] (n,) for x with distribution p, and its gradient in the mean of p (n, D), as
-        if r changed only along its gradient at the mean: sums over p.along. (r at the mean alone
-        would be as narrow where much is still open as where nothing is.)"""
+        if r changed only along its gradient at the mean: sums over p.along. (For bits: r at the
+        mean.)"""
         x, log_w = p.along(self.gradient(p.mean))
         rows = x.reshape(-1, x.shape[2])
         log_w = log_w + self.log_r(rows).reshape(x.shape[:2])
@@ -1998,9 +2004,10 @@ class Posterior:
         self.model, self.r_schedule = model, r_schedule
         self.particles, self.repeats = particles, repeats
         self.observations = [o for o in r if isinstance(o, Observation)]
-        self.functions = [f for f in r if isinstance(f, Function)]
-        if len(self.observations + self.functions) < max(1, len(r)):
+        functions = [f for f in r if isinstance(f, Function)]
+        if len(self.observations + functions) < max(1, len(r)):
             raise InputError("r must be an Observation, a Function, or a list of them")
+        self.functions = [Function.product(functions)] if functions else []  # averaged together
         if particles > 1 and repeats > 1:
             raise InputError("repeats do not go with particles: omit one of them")
 
@@ -2050,7 +2057,7 @@ class Posterior:
         """Samples (number, D); the arguments are those of DPM.sample. The y of an Observation is
         (D,) or (number, D), and no two know the same coordinate; else InputError."""
         chosen = copy.copy(self)
-        chosen.model = model = self.model.shortened(steps) if steps else self.model
+        chosen.model = model = self.model if steps is None else self.model.shortened(steps)
         times_known = model.xp.zeros(model.D, int)
         for o in self.observations:
             if o.y.shape not in ((model.D,), (number, model.D)):
@@ -2073,7 +2080,7 @@ class Posterior:
             return model.p_back(x, t), self._log_r(x, t), None
         if t > 1:
             return self.predicted(x, t)
-        z = model.xp.zeros((*x.shape, q.outputs))  # the fixed first step knows what pi knows
+        z = model.xp.zeros((*x.shape, q.outputs))  # the fixed last step: x_0 as if drawn from pi
         log_r, _ = self.of_x0(q.x0_for_r(x, model.xp.full(len(x), 1), z))
         return model.p_back(x, 1), log_r, None
 
@@ -2204,7 +2211,7 @@ def build(diffusion, shape, about, learned=False, **options):
     of the run. learned: beta_t too. options are DPM's. InputError for what does not go together."""
     (H, W, C), network, sizes, predict = shape, about["network"], about["sizes"], about["predict"]
     if learned and (not isinstance(diffusion, Gaussian) or diffusion.discretised):
-        raise InputError("a learned schedule is for numbers, with the fixed first step")
+        raise InputError("a learned schedule is for numbers, with the fixed last step")
     if network not in NETWORKS:
         raise InputError(f"no network '{network}': choose {', '.join(NETWORKS)}")
     variance = getattr(diffusion, "variance", "learned")

@@ -79,7 +79,7 @@ MAP = [  # equation, what it says, where it is in dpm.py, which tests hold it
      "test_a_contrast_is_a_ratio_of_kernels test_a_contrast_follows_its_recursion"),
     ("SD 24, 25-36", "bounds on the entropy of a reverse step", "entropy_bounds",
      "test_entropy_bounds_of_gaussian_data test_entropy_bounds_of_bits"),
-    ("SD 44", "the fixed first step", "DPM.p_back", "test_the_first_step"),
+    ("SD 44", "the fixed last step", "DPM.p_back", "test_the_last_step"),
     ("SD 62-65, figure D.1", "the paper's network and its kernel",
      "paper Bumps Pooled Whole PaperKernel", "test_layers test_networks test_readouts"),
     ("DDPM 6, 7", "q turned around, q(x_{t-1} | x_t, x_0); SD appendix B",
@@ -403,7 +403,7 @@ def test_the_chain_forgets(q, x, power, limit):
     close(kl[34:] / q.alpha_bar[35:] ** power, limit, rtol=0.02)
 
 
-def test_the_first_step():
+def test_the_last_step():
     """Eq. 44: T_pi(x_0 | x_1; beta_1), the forward kernel run backwards. Or with a decoder, what it
     integrates; where the variance is fixed this is beta~_2, as in DDPM."""
     x, y, at = np.array([[2.0, -1.0, 0.0]]), np.array([[1.9, -0.7, 0.1]]), np.array([1])
@@ -687,7 +687,7 @@ def test_unet_is_the_same_everywhere():
 
 
 @pytest.mark.parametrize("q, options, says", [
-    (gaussian(**BYTES), dict(learned=True), "fixed first step"),
+    (gaussian(**BYTES), dict(learned=True), "fixed last step"),
     (binomial(), dict(learned=True), "for numbers"),
     (gaussian(kind="paper"), dict(predict="eps"), "predict v"),
     (gaussian(variance="beta"), dict(predict="paper"), "eq. 64"),
@@ -1327,7 +1327,7 @@ def test_a_shortened_chain_is_a_diffusion(make, options):
     assert (model.sample(4, steps=5) == other.sample(4)).all()
     close(model.sample(2, steps=5, first=2), other.sample(4)[2:])
     assert (model.sample(4, steps=40) == model.sample(4)).all() and model.T == 40
-    for S in (1, 41):
+    for S in (0, 1, 41):
         for of in (model.shortened, lambda S: model.sample(2, steps=S),
                    lambda S: dpm.Posterior(model, CURVE).sample(2, steps=S)):
             with refused("2..40 steps"):
@@ -1922,6 +1922,8 @@ def test_guidance_by_a_function(t):
     r = dpm.Function(lambda x: x @ b, lambda x: b + 0 * x)
     p, _, g = dpm.Posterior(exact_model(q, law, 3), r).predicted(x, t)
     close(p.tilted(g)[0].mean, q.q_back(mean + cov(b), x, np.array([t])).mean, rtol=1e-8)
+    twice = dpm.Posterior(None, [r, r]).of_x0(p := dpm.Normal(np, x, 0.3 + 0 * x))
+    close(twice[0], 2 * x @ b + 2 * 0.3 * b @ b, rtol=1e-3)  # not 2 log E exp(b x)
 
 
 def test_a_tilt_where_nothing_is_left_of_x0():

@@ -155,7 +155,7 @@ def check(args, chosen, dataset):
          f"--rate is for bits; {name} is made of numbers"),
         (learned and c["objective"] != "K", "--schedule learned ascends K: omit --objective"),
         (learned and c["decoder"] != "dequantised",
-         "--schedule learned needs the fixed first step: omit --decoder"),
+         "--schedule learned needs the fixed last step: omit --decoder"),
         (c["decoder"] == "discretised" and not dataset.bytes,
          f"--decoder discretised is for bytes; {name} has none"),
         (paper and c["predict"] == "eps",
