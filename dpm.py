@@ -231,8 +231,7 @@ class Normal:
 
     def take(self, rows):
         """The distributions of these examples."""
-        variance = self.xp.broadcast_to(self.variance, self.mean.shape)
-        return Normal(self.xp, self.mean[rows], variance[rows])
+        return Normal(self.xp, self.mean[rows], self.variance[rows])
 
 
 def _times_log(xp, a, b):
@@ -1286,8 +1285,7 @@ class Optimiser:
     cosine over the second half of `steps`. average is the mean of theta over about the last tenth
     of the steps, at most 1000. theta is updated in place.
 
-    A step is `momentum`, `orthogonalise` of all matrices, in any shares, and `move`, see DPM.step.
-    """
+    A step is `momentum`, `orthogonalise` of the matrices, in any shares, and `move`: DPM.step."""
 
     b1, b2, clip = 0.95, 0.99, 1.0
 
@@ -1591,8 +1589,7 @@ class DPM:
         kl_each, kl, entropy, distortion = map(self.comm.sum, (kl_each, kl, entropy, distortion))
         entropy[:2] = math.nan  # p(x_0 | x_1) is not one of the T - 1 steps
         count = np.bincount(t.ravel(), minlength=T + 1)
-        entropy, distortion = (np.where(count, total, math.nan) / np.maximum(count, 1)
-                               for total in (entropy, distortion))
+        entropy, distortion = np.array([entropy, distortion]) / np.where(count, count, math.nan)
         x0 = xp.asarray(x0)
         parts = dict(L_T=q.kl_to_pi(T, x0)) if q.discretised else dict(
             H_q_T=q.H_q(T, x0), H_q_1=q.H_q(1, x0), H_p_T=q.H_p(x0))
@@ -2096,18 +2093,14 @@ class Posterior:
     def _draw(self, p, t, g, rngs):
         """x_t from p, times r_t if g is None, or else tilted by g; and log p(x_t) less the log
         density that x_t was drawn from, up to a constant."""
-        q, power, multiply = self.model.diffusion, self._power(t), g is None
-        product, log_Z = self.given(p, power) if multiply else (p, 0.0)
-        if multiply and self.functions:
-            g = sum(power * f.gradient(product.mean) for f in self.functions)
-        if g is not None:
-            product, log_Z_g = product.tilted(g)
-            log_Z = log_Z + log_Z_g
-        x = product.draw(self.model.noise(rngs, self.particles))
-        if self.particles == 1:
-            return x, 0.0
-        log_r = sum(o.log_r(q, x, power) for o in self.observations) if multiply else 0.0
-        return x, log_Z - (log_r + (0.0 if g is None else (g * x).sum(1)))
+        q, power = self.model.diffusion, self._power(t) if g is None else 0.0  # r^0 = 1
+        p, log_Z = self.given(p, power)
+        if g is None:
+            g = sum((power * f.gradient(p.mean) for f in self.functions), 0 * p.mean)
+        p, log_Z_g = p.tilted(g)
+        x = p.draw(self.model.noise(rngs, self.particles))
+        log_r = sum(o.log_r(q, x, power) for o in self.observations)
+        return x, log_Z + log_Z_g - log_r - (g * x).sum(1)
 
     def _draw_batch(self, rngs, tick, keep):
         """{t: x_t} of a batch, see DPM.chains; every sample is `particles` rows."""
@@ -2122,10 +2115,8 @@ class Posterior:
             return xp.asarray(rows)
 
         pi = model.diffusion.pi((n * N, model.D))
-        if self.r_schedule == "predicted":
-            x, log_p = pi.draw(model.noise(rngs, N)), 0.0
-        else:
-            x, log_p = self._draw(pi, model.T, None, rngs)
+        g = 0 * pi.mean if self.r_schedule == "predicted" else None  # which leaves pi as it is
+        x, log_p = self._draw(pi, model.T, g, rngs)
         for t in range(model.T, 0, -1):
             if t in keep:
                 past[t] = x

@@ -281,8 +281,7 @@ def start(args, xp, comm):
 
 
 def resume(args, xp, comm):
-    """A stopped run, as its last checkpoint has it. Of the training flags only --steps may differ.
-    """
+    """A stopped run as its last checkpoint has it. Of training flags only --steps may differ."""
     newest = runs.newest_run()
     if args.out:
         raise dpm.InputError("--resume DIR goes on in DIR; omit --out")

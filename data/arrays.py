@@ -45,8 +45,7 @@ class Data:
     detail       the size of the smallest thing there is to model, in normalised units
     truth        a Mixture or Patterns of the normalised values where their density is known
     digest       sha256 of what the data is: its values, or the law of endless data
-    xp           the module of arrays that `draw` computes with, and whose generator it wants
-    """
+    xp           the module of arrays that `draw` computes with, and whose generator it wants"""
 
     edges, truth, xp, bytes, binary, mean, detail = (), None, np, False, False, 0.0, 0.004
     train = test = None
@@ -119,9 +118,10 @@ class Data:
         return printable("; ".join([f"{name}: {examples}, {values}", *self.notes]))
 
     def to(self, xp):
-        """Moves the training part to where xp computes; from then on `draw` makes its batches
-        there, and wants a generator of xp."""
-        self.xp, self.train = xp, xp.asarray(self.train)
+        """Moves the training part, if there is one, to where xp computes; from then on `draw` makes
+        its batches there, and wants a generator of xp. Other data is made, or cut, on the host."""
+        if self.train is not None:
+            self.xp, self.train = xp, xp.asarray(self.train)
 
     def draw(self, number, rng, dtype=np.float64):
         """`number` training examples drawn with replacement, normalised, (number, D)."""
@@ -138,8 +138,11 @@ class Data:
 
     def held_out(self, number, seed=0):
         """The first `number` test examples, normalised, float64; the same dequantisation for the
-        same seed."""
-        return self.normalise(self.test[:number], generator(np, "held out", seed))
+        same seed. Of endless data so many fresh ones."""
+        rng = generator(np, "held out", seed)
+        if self.test is None:
+            return self.draw(number, rng)
+        return self.normalise(self.test[:number], rng)
 
     def normalise(self, raw, rng, dtype=np.float64):
         """raw -> x. Bytes get their uniform noise here, from rng.
@@ -178,10 +181,7 @@ class Crops(Data):
     tenth of it or one crop wide, is the only source of test crops, and no training crop reaches
     into it. Of pictures without that room a tenth is held out whole. Test crops lie half a crop
     apart, so neighbours share half of their pixels; at most 10,000, and 2 10^8 values, in random
-    order.
-
-    The pictures stay on the host, where the crops are cut; `draw` gives NumPy arrays to move.
-    """
+    order."""
 
     def __init__(self, name, pictures, held, size, flips, notes):
         self.name, self.flips, self.notes, self.number = name, flips, notes, len(pictures)
@@ -219,9 +219,6 @@ class Crops(Data):
         pictures = f"{self.number:,} picture{'s' * (self.number > 1)}"
         return self._line(f"{self.windows.ends[-1]:,} places for crops of {size} in {pictures}, "
                           f"{len(self.test):,} held-out crops")
-
-    def to(self, xp):
-        """Does nothing: crops are cut on the host."""
 
     def draw(self, number, rng, dtype=np.float64):
         raw = self.windows[rng.integers(0, self.windows.ends[-1], number)]

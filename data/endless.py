@@ -4,26 +4,20 @@ import math
 import numpy as np
 from scipy.special import logsumexp, softmax
 
-from dpm import generator
-
 from .arrays import Data, fingerprint
 
 
 class Mixture:
     """Equally many points around each of `centres` (M, D), with Gaussian noise of standard
-    deviation sigma: data whose every density is known.
-
-    Since x_t is again such a mixture, everything that the best possible kernel needs is a sum over
-    the centres.
-    """
+    deviation sigma: data whose every density is known. Since x_t is again such a mixture, all that
+    the best possible kernel needs is a sum over the centres."""
 
     def __init__(self, centres, sigma):
         self.centres, self.sigma = np.asarray(centres, np.float64), float(sigma)
 
     def _log_weights(self, x, shrink, variance):
-        """log N(x; shrink centre, variance I) for every centre, (n, M).
-
-        shrink and variance are numbers or columns (n, 1)."""
+        """log N(x; shrink centre, variance I) for every centre, (n, M); shrink and variance are
+        numbers or columns (n, 1)."""
         square = ((x ** 2).sum(1)[:, None] - 2 * shrink * (x @ self.centres.T)
                   + shrink ** 2 * (self.centres ** 2).sum(1))
         return -square / (2 * variance) - 0.5 * x.shape[1] * np.log(2 * np.pi * variance)
@@ -36,9 +30,7 @@ class Mixture:
         return np.concatenate(parts) - np.log(len(self.centres))
 
     def moments(self, x, alpha_bar):
-        """Mean and variance of every coordinate of x_0 given x_t = x (n, D).
-
-        alpha_bar is the level of noise, a number or (n, 1)."""
+        """E and Var of x_0 given x_t = x (n, D); alpha_bar_t is a number or (n, 1)."""
         variance = alpha_bar * self.sigma ** 2 + 1 - alpha_bar
         gain = np.sqrt(alpha_bar) * self.sigma ** 2 / variance
         weights = softmax(self._log_weights(x, np.sqrt(alpha_bar), variance), axis=1)
@@ -69,23 +61,12 @@ class Patterns:
         return (softmax(log_weights, axis=1) @ self.patterns,)
 
 
-class Endless(Data):
-    """Data of which every draw is fresh. It is made on the host, as fast as it is used."""
-
-    def to(self, xp):
-        """Does nothing: `draw` goes on making NumPy arrays, with a generator of NumPy."""
-
-    def held_out(self, number, seed=0):
-        return self.draw(number, generator(np, "held out", seed))
-
-
-class SwissRoll(Endless):
+class SwissRoll(Data):
     """phi = 1.5 pi (1 + 2u), u uniform: (phi cos phi, phi sin phi), centred and scaled to average
     variance 1, and then noise. raw = roll + noise has variance 1 + noise^2: hence the scale.
 
     Its density is a line integral, here a midpoint sum of points a sixth of the noise apart:
-    exact to 1e-5 nats in the mean. (The paper does not give its noise.)
-    """
+    exact to 1e-5 nats in the mean. (The paper does not give its noise.)"""
 
     def __init__(self, noise=0.04, points=None):
         self.name = "swissroll" if noise == 0.04 else f"swissroll:{noise}"
@@ -113,7 +94,7 @@ class SwissRoll(Endless):
         return self.normalise(roll + self.noise * rng.standard_normal(roll.shape), rng, dtype)
 
 
-class Heartbeat(Endless):
+class Heartbeat(Data):
     """20 bits with a one in every fifth, the phase uniform over five: a true log likelihood of
     log 1/5 (section 3.1.2)."""
 
@@ -147,7 +128,7 @@ def _between(low, high, end):
     return first, np.floor(np.clip(high, 0, end) + 0.5).astype(int) - first
 
 
-class DeadLeaves(Endless):
+class DeadLeaves(Data):
     """Occluding discs, the paper's dead leaves (figure 4), side x side bytes, every one fresh.
 
     The law: discs fall one behind the other until no gap is left. Their centres are uniform over
@@ -161,8 +142,7 @@ class DeadLeaves(Endless):
     Two points at a distance d show the same disc with probability g / (2 - g), where g is the mean
     area in which a disc overlaps itself moved by d, over its mean area: the disc in front, of all
     that cover one point or both, must cover both. This is the correlation of the pictures before
-    anti-aliasing, and their variance after it follows. The mean is 128.
-    """
+    anti-aliasing, and their variance after it follows. The mean is 128."""
 
     grain = 3                                       # points along a pixel
 

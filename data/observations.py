@@ -27,22 +27,20 @@ def missing(part, shape, seed=0, hole=None):
     center = (0 <= y) & (y < tall) & (0 <= x) & (x < wide)
     parts = dict(zip(PARTS, (column < W // 2, column >= W - W // 2, row < H // 2,
                              row >= H - H // 2, center)))
-    try:
-        fraction = float(part)
-    except ValueError:
-        fraction = None
     if part in parts:
         unknown = np.broadcast_to(parts[part], (H, W))
-    elif fraction is not None:
+    elif os.path.isfile(part):
+        unknown = data.read_pictures([part], (H, W, 1))[0, :, :, 0] > 127
+    else:
+        try:
+            fraction = float(part)
+        except ValueError:
+            raise dpm.InputError(f"--inpaint {part}: neither {', '.join(PARTS)}, nor a fraction, "
+                                 "nor the file of a mask") from None
         if not 0 < fraction < 1:
             raise dpm.InputError(f"--inpaint {part}: a fraction of the pixels lies between 0 and 1")
         order = dpm.generator(np, "mask", seed).permutation(H * W)
         unknown = order.reshape(H, W) < round(fraction * H * W)
-    elif os.path.isfile(part):
-        unknown = data.read_pictures([part], (H, W, 1))[0, :, :, 0] > 127
-    else:
-        raise dpm.InputError(f"--inpaint {part}: neither {', '.join(PARTS)}, nor a fraction, nor "
-                             "the file of a mask")
     if unknown.all() or not unknown.any():
         what = "known" if unknown.all() else "missing"
         raise dpm.InputError(f"--inpaint {part}: nothing is {what}; give another part, or fraction")

@@ -1,5 +1,4 @@
-"""How sample.py draws: the chains and their Contrast, part by part, as far as the machine has room.
-"""
+"""How sample.py draws: chains and their Contrast, part by part, as far as the machine has room."""
 import dpm  # before numpy, see there
 
 import os
