@@ -1923,6 +1923,7 @@ def test_guidance_by_a_function(t):
     p, _, g = dpm.Posterior(exact_model(q, law, 3), r).predicted(x, t)
     close(p.tilted(g)[0].mean, q.q_back(mean + cov(b), x, np.array([t])).mean, rtol=1e-8)
     twice = dpm.Posterior(None, [r, r]).of_x0(p := dpm.Normal(np, x, 0.3 + 0 * x))
+    close(twice[1], 2 * b + 0 * x)
     close(twice[0], 2 * x @ b + 2 * 0.3 * b @ b, rtol=1e-3)  # not 2 log E exp(b x)
 
 
@@ -2113,6 +2114,10 @@ def test_a_contrast_follows_its_recursion():
     x = model.sample(20_000, 4, batch=20_000, contrast=dpm.Contrast(weak, w))
     assert x.var() == approx(variance, rel=0.02) and abs(x.mean()) < 0.01
     close(model.sample(2, 4, first=7, contrast=dpm.Contrast(weak, w)), x[7:9])
+    plain, sharp = (model.sample(2, keep=range(1, 51), contrast=c)[1]
+                    for c in (None, dpm.Contrast(weak, w)))
+    begins = np.flatnonzero(model.diffusion.level <= 4).max()  # the first step that decides
+    assert all((sharp[t] != plain[t]).all() == (t < begins) for t in range(1, 51))
     close(model.sample(9, 4, contrast=dpm.Contrast(model, w)), model.sample(9, 4))
     with refused("omit eta"):
         model.sample(2, eta=0.5, contrast=dpm.Contrast(weak, w))
