@@ -1988,13 +1988,19 @@ def test_a_chain_that_begins_at_noisy_data(sigma):
     assert q.alpha_bar[-1] == approx(1 / (1 + sigma ** 2))
     assert (np.diff(q.alpha_bar) < 0).all() and q.alpha_bar[0] == 1
     close(q.s[2:], np.interp(q.level[2:], known.level[2:], known.s[2:]), rtol=0.01)  # usual steps
-    x_T = np.repeat(y, 10_000, 0) / math.sqrt(1 + sigma ** 2)
-    x = model.sample(len(x_T), 4, batch=10_000, x_T=x_T)
+    x_T = np.repeat(y, 500, 0) / math.sqrt(1 + sigma ** 2)
+    mean, cov = x_T[0], np.zeros((2, 2))
+    for t in range(model.T, 0, -1):                 # its steps are linear in x_t
+        p = model.p_back(np.eye(2), t)
+        mean, cov = mean @ p.mean, p.mean.T @ cov @ p.mean + np.diag(p.variance[0] + np.zeros(2))
     K = S @ np.linalg.inv(S + sigma ** 2 * np.eye(2))
+    close(mean, K @ y[0], atol=0.004)
+    close(cov, S - K @ S, atol=0.008)
+    x = model.sample(len(x_T), 4, batch=500, x_T=x_T)
     apart = x_T[:5] + np.arange(5)[:, None]
     close(*(model.sample(5, x_T=apart, batch=batch) for batch in (2, 5)))  # each from its own
     close(x.mean(0), K @ y[0], atol=5 / math.sqrt(len(x)))
-    close(np.cov(x.T), S - K @ S, atol=0.002 + 5 * math.sqrt(2 / len(x)) * (S - K @ S)[0, 0])
+    close(np.cov(x.T), cov, atol=5 * math.sqrt(2 / len(x)) * cov[0, 0])
 
 
 @pytest.mark.parametrize("kind", dpm.SCHEDULES)
@@ -2111,8 +2117,8 @@ def test_a_contrast_follows_its_recursion():
     variance, _ = chain_variance(model, lambda p, t: p.mean if t is None else (
         p.mean + w * (p.mean - weak.p_back(one, t).mean)))
     assert variance < 0.3 and model.diffusion.level[50] > 4
-    x = model.sample(20_000, 4, batch=20_000, contrast=dpm.Contrast(weak, w))
-    assert x.var() == approx(variance, rel=0.02) and abs(x.mean()) < 0.01
+    x = model.sample(8000, 4, batch=8000, contrast=dpm.Contrast(weak, w))
+    assert x.var() == approx(variance, rel=0.03) and abs(x.mean()) < 0.015
     close(model.sample(2, 4, first=7, contrast=dpm.Contrast(weak, w)), x[7:9])
     plain, sharp = (model.sample(2, keep=range(1, 51), contrast=c)[1]
                     for c in (None, dpm.Contrast(weak, w)))
