@@ -302,8 +302,8 @@ class Bernoulli:
 class Diffusion:
     """What both diffusions offer, Gaussian and Binomial, which give the formulas. (`objective` and
     LearnedSchedule use more of Gaussian.) t is an integer array (n,), one entry for each example,
-    or one integer where so said. z (n, D, outputs) is what the network says
-    of x_t, `outputs` numbers for each coordinate.
+    or one integer where so said. z (n, D, outputs) is what the network says of x_t, `outputs`
+    numbers for each coordinate.
 
     q_step(x, t)         q(x_t | x_{t-1} = x), the kernel T_pi of eq. 2. It leaves pi unchanged, and
                          under pi it is its own reverse: at t = 1 it is also p(x_0 | x_1), eq. 44
@@ -1458,8 +1458,8 @@ class DPM:
         return model
 
     def shortened(self, S):
-        """The same model with a chain of S steps, see Diffusion.shortened."""
-        return self.with_diffusion(self.diffusion.shortened(S))
+        """The same model with a chain of S steps, see Diffusion.shortened; None: all of them."""
+        return self if S is None else self.with_diffusion(self.diffusion.shortened(S))
 
     def until(self, sigma):
         """The same model with a chain that begins at data under noise sigma, see Diffusion.until.
@@ -1681,7 +1681,7 @@ class DPM:
             raise InputError(f"eta lies between 0 (no noise) and 1 (the model's), not {eta}")
         if contrast and eta < 1:
             raise InputError("a contrast needs the model's own noise: omit eta")
-        model = self if steps is None else self.shortened(steps)
+        model = self.shortened(steps)
         xp, q = model.xp, model.diffusion
 
         def draw_batch(rngs, rows, tick):
@@ -2054,7 +2054,7 @@ class Posterior:
         """Samples (number, D); the arguments are those of DPM.sample. The y of an Observation is
         (D,) or (number, D), and no two know the same coordinate; else InputError."""
         chosen = copy.copy(self)
-        chosen.model = model = self.model if steps is None else self.model.shortened(steps)
+        chosen.model = model = self.model.shortened(steps)
         times_known = model.xp.zeros(model.D, int)
         for o in self.observations:
             if o.y.shape not in ((model.D,), (number, model.D)):

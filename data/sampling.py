@@ -78,7 +78,7 @@ def shortened(model, args):
     if S is None and kind == "images":
         S = runs.fewer_steps(model, evaluation.IMAGE_STEPS if args.mode == "samples"
                              else STEPS // 2 if repeats_of(args, kind) > 1 else STEPS)
-    return model if S is None else model.shortened(S)
+    return model.shortened(S)
 
 
 def sampler(model, args, r, x_T, sharpen):
