@@ -149,9 +149,10 @@ def schedule(kind, T, beta_1):
                      ours, for bits; not Nichol & Dhariwal's, which has cos^2
     beta_1  the variance of the first step, fixed (section 2.4.1); `linear` has its own. It limits
             K of continuous data: no model gets above -D/2 ln(2 pi e beta_1).
-    InputError for an unknown kind, T < 2, or beta_1 outside of (0, 1)."""
-    if T < 2 or not 0 < beta_1 < 1:
-        raise InputError(f"a schedule needs T >= 2 and 0 < beta_1 < 1, not {T} and {beta_1}")
+    InputError for an unknown kind, T < 2, or beta_1 outside of 1e-12..0.8."""
+    if T < 2 or not 1e-12 <= beta_1 <= 0.8:
+        raise InputError("a schedule needs T >= 2 and a beta_1 from 1e-12 to 0.8, not "
+                         f"{T} and {beta_1}")
     if kind == "logsnr":
         alpha_bar = expit(-np.linspace(logit(beta_1), 10, T))
     elif kind == "paper":
@@ -211,13 +212,15 @@ class Normal:
         return product, (g * (self.mean + product.mean) / 2).sum(1)
 
     def averaged(self, r, power=1.0):
-        """log E[r(x)^power] (n,) of a Function r (chapter 5), and its gradient in the mean (n, D), as
-        if r changed only along its gradient g at the mean. Then r is a function of h = g'(x - mean)
-        / size, with size the deviation of g'x, and h ~ N(0, 1); with E_r the mean weighted by r,
+        """log E[r(x)^power] (n,) of a Function r (chapter 5), and its gradient in the mean (n, D),
+        as if r changed only along its gradient g at the mean. Then r depends on h alone, h = g'(x -
+        mean) / size ~ N(0, 1), with size the deviation of g'x. With E_r, the mean weighted by
+        r^power,
 
             d log E[r^power] / dmean = E_r[h] g / size
 
-        which holds for a jump of r as well. E is a sum over 25 points h, |h| <= 6."""
+        which needs no other slope of r, and so is right for a narrow r as well. Both means are sums
+        over 25 points h, |h| <= 6."""
         xp, g = self.xp, r.gradient(self.mean)
         line, h = self.variance * g, xp.linspace(-6, 6, 25)[:, None]
         size = xp.sqrt((line * g).sum(1, keepdims=True))
@@ -350,7 +353,7 @@ class Diffusion:
         self.beta = 1 - self.alpha_bar / self.before
         a = xp.clip(self.alpha_bar, 1e-9, 1 - 1e-9)  # it is 1 at t = 0, and may be 0 at T
         self.level, self.s = xp.log((1 - a) / a), xp.zeros(self.T + 1)
-        self.s[2:] = xp.log((1 - self.alpha_bar[2:]) / (1 - self.before[2:]))
+        self.s[2:] = xp.log1p(-self.alpha_bar[2:]) - xp.log1p(-self.before[2:])
 
     def log_pi(self, x):
         return self.mean_log_pi(0, x)
@@ -372,16 +375,6 @@ class Diffusion:
             raise InputError(f"{S} steps: a chain of {self.T} can be cut to 2..{self.T} steps")
         times = np.concatenate([[0], np.round(np.linspace(1, self.T, S)).astype(int)])
         return type(self)(self.alpha_bar[self.xp.asarray(times)], self.xp, **self.config)
-
-    def until(self, sigma):
-        """The diffusion of numbers that ends where noise is sigma times as strong as the data: its
-        x_T is (x_0 + sigma eps) / sqrt(1 + sigma^2), sigma > 0. A sigma below the noise at t = 2,
-        or above that at T, is replaced by that noise. Its times lie evenly between 1 and the t, not
-        a whole number, that has this noise, so that its steps are as long as the network knows."""
-        t, level = np.arange(1, self.T + 1), to_host(self.level)[1:]
-        last = max(2.0, np.interp(2 * math.log(sigma), level, t))
-        levels = np.interp(np.linspace(1, last, round(last)), t, level)
-        return type(self)(np.append(1, expit(-levels)), self.xp, **self.config)
 
 
 class Gaussian(Diffusion):
@@ -565,6 +558,19 @@ class Gaussian(Diffusion):
         """log pi; with a decoder, of bytes, times the width of a grey level."""
         width = 2 * self.half if self.discretised else 1.0
         return self.log_pi(x) + x.shape[1] * math.log(width)
+
+    def until(self, sigma):
+        """The diffusion that ends where noise is sigma times as strong as the data: its x_T is (x_0
+        + sigma eps) / sqrt(1 + sigma^2). A sigma below the noise at t = 2, or above that at T, is
+        replaced by that noise. Its times lie evenly between 1 and the t, not a whole number, that
+        has this noise, so that its steps are as long as the network knows. InputError unless
+        sigma > 0."""
+        if not sigma > 0:
+            raise InputError(f"noise has a deviation above 0, not {sigma}")
+        t, level = np.arange(1, self.T + 1), to_host(self.level)[1:]
+        last = max(2.0, np.interp(2 * math.log(sigma), level, t))
+        levels = np.interp(np.linspace(1, last, round(last)), t, level)
+        return type(self)(np.append(1, expit(-levels)), self.xp, **self.config)
 
     def pi(self, shape):
         """N(0, I)."""
@@ -1099,7 +1105,7 @@ class PaperKernel:
 
     def forward(self, h, x, tape):
         xp, (cos, sin), s = tape.xp, angle(tape), tape.s[:, None, None, None]
-        A = 1 - sin ** 2 * xp.exp(-s)
+        A = cos ** 2 - sin ** 2 * xp.expm1(-s)  # 1 - sin^2 e^-s, without its loss of digits
         beta, e_h, k = 1 - cos ** 2 / A, xp.exp(-h[..., 1::2]), sin / xp.sqrt(A)
         rho = 1 / (beta + (1 - beta) * e_h)
         tape.save((h, x, cos, sin, s, A, beta, e_h, k, rho))
@@ -1300,7 +1306,7 @@ class Optimiser:
 
     def __init__(self, layers, theta, xp=np, lr=1e-3, steps=1000, warmup=200):
         self.theta, self.average, self.xp, self.step = theta, theta.copy(), xp, 0
-        self.lr, self.steps, self.warmup = lr, steps, warmup
+        self.lr, self.steps, self.warmup = lr, steps, max(1, warmup)
         self.m, self.v, self.n, self.moves = (xp.zeros_like(theta) for _ in range(4))
         self.by_adam, self.matrices = xp.ones(theta.shape, bool), []
         n, moves, by_adam = (views(layers, a) for a in (self.n, self.moves, self.by_adam))
@@ -1564,7 +1570,8 @@ class DPM:
         With a discretised decoder K is minus DDPM's eq. 5, for the probability of the bytes:
         - L_T - sum of KLs - L_0, with L_0 = E[-log p(x_0 | x_1)].
 
-        draws   how many of the T - 1 KLs to draw for each example, spread over all t; None: all
+        draws   how many of the T - 1 KLs to draw for each example, spread over all t, 1 or more;
+                None: all
         rng     a generator of NumPy; every block of `batch` examples gets its own from it
 
         Returns a dict: K, K_se (its standard error over the examples), L_null, K_minus_L_null and
@@ -1572,7 +1579,7 @@ class DPM:
         each step takes from K (kl[1] is L_0), and, nan where nothing was drawn, entropy of
         p(x_{t-1} | x_t) and distortion, the mean square of x_0 - x_0^ per dimension."""
         xp, q, n, T = self.xp, self.diffusion, len(x0), self.T
-        draws = min(draws or T - 1, T - 1)
+        draws = T - 1 if draws is None else max(1, min(draws, T - 1))
         t = stratified(n * draws, np.arange(T + 1) > 1, rng.random()).reshape(draws, n)
         t = rng.permuted(t, axis=1)  # no example may always have small t, or large ones
         if q.discretised:
@@ -1730,7 +1737,7 @@ class DPM:
         next(ticks, None)  # lets a progress bar close
         kept = {t: self.comm.sum(x) for t, x in kept.items()}
         samples = kept.pop(0)
-        return (samples, kept) if keep else samples
+        return (samples, kept) if len(keep) else samples
 
 
 def decides(q, t):
@@ -1818,7 +1825,7 @@ class LearnedSchedule:
     psi = 0 makes level linear in t."""
 
     def __init__(self, T, beta_1, xp=np):
-        self.xp, self.level_1, knots = xp, float(logit(beta_1)), min(T - 1, 40)
+        self.xp, self.T, self.level_1, knots = xp, T, float(logit(beta_1)), min(T - 1, 40)
         self.shapes = dict(psi=(knots + 1,))
         place = np.linspace(0, knots - 1, T - 1)
         self.between = xp.asarray(np.maximum(0, 1 - np.abs(place[:, None] - np.arange(knots))))
@@ -2175,8 +2182,12 @@ def digest_of(content):
 
 def save(model, path, optimiser=None, half=False):
     """Writes the model, and the state of its training if optimiser is given. half: weights in half
-    precision, for a model to be shipped. OSError if it cannot be written."""
+    precision, for a model to be shipped. OSError if it cannot be written; InputError for a model
+    that `load` could not make again: one that is not of `build`, or a part of a learned schedule,
+    which is no longer that of its weights."""
     q, theta = model.diffusion, to_host(model.theta)
+    if "network" not in model.about or (model.learned and model.learned.T != model.T):
+        raise InputError("save a model as `build` has made it, with all steps of its schedule")
     config = dict(diffusion=type(q).__name__, of_diffusion=q.config, shape=model.shape,
                   dtype=str(model.dtype), shares=model.threads * model.comm.size,
                   learned=model.learned is not None, about=model.about)
@@ -2208,9 +2219,10 @@ def build(diffusion, shape, about, learned=False, **options):
         raise InputError("the paper's kernel has its own variance (eq. 64) and no decoder")
     if predict == "eps" and float(diffusion.alpha_bar[-1]) == 0:
         raise InputError("eps^ says nothing of x_0 where alpha_bar_T = 0: predict v")
-    if network == "paper":
+    if network == "paper" and "lowest" not in sizes:
         lowest, highest = (float(diffusion.level[t]) for t in (1, -1))
         sizes = dict(sizes, pixels=H * W, lowest=lowest, highest=10.0 if learned else highest)
+        about = dict(about, sizes=sizes)  # the same for another part of the schedule
     readout = READOUTS["bits" if isinstance(diffusion, Binomial) else predict]()
     made = NETWORKS[network](C, readout, diffusion.outputs, **sizes)
     beta_1 = 1 - float(diffusion.alpha_bar[1])
