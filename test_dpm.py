@@ -1899,6 +1899,9 @@ def test_a_function_is_averaged_along_its_gradient(s, power):
     _, g = dpm.Normal(np, m, V[:, :1]).averaged(every, power)
     close(g, (y - m) / (s ** 2 + V[:, :1]), rtol=1e-6)
     assert all(np.isfinite(a).all() for a in dpm.Normal(np, 300 * m, V).averaged(one))
+    log_r, g = dpm.Bernoulli(np, m, 1 - m).averaged(one, power)  # of bits at the mean
+    close(log_r, power * one.log_r(m))
+    close(g, power * one.gradient(m))
 
 
 @pytest.mark.parametrize("s", [0.1, 1e-2, 1e-4])
@@ -2038,12 +2041,13 @@ def test_a_chain_until_one_of_its_times_is_its_beginning(kind):
             q.until(wrong)
 
 
+@pytest.mark.parametrize("s2", [4.0, 0.05])
 @pytest.mark.parametrize("schedule", ["constant", "annealed"])
-def test_denoising_follows_its_recursion(schedule):
+def test_denoising_follows_its_recursion(schedule, s2):
     """With linear kernels and a Gaussian r at every step, the mean and the variance of x_t follow
     from those of x_{t+1}: as an Observation, whose product is exact, and as a Function, which moves
-    the mean as far and leaves the variance as it is."""
-    model, y, s2, one = gaussian_model(D=20), 1.5, 4.0, np.ones((1, 20))
+    the mean as far, even if r is narrower than a step, and leaves the variance as it is."""
+    model, y, one = gaussian_model(D=20), 1.5, np.ones((1, 20))
     function = dpm.Function(lambda x: -0.5 * ((x - y) ** 2).sum(1) / s2, lambda x: (y - x) / s2)
     twice = [dpm.Observation(np.full(20, y), math.sqrt(2 * s2))] * 2
     for r in (twice, function):
