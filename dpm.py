@@ -211,35 +211,9 @@ class Normal:
         product = Normal(self.xp, self.mean + self.variance * g, self.variance)
         return product, (g * (self.mean + product.mean) / 2).sum(1)
 
-    def averaged(self, r, power=1.0):
-        """log E[r(x)^power] (n,) of a Function r (chapter 5), and its gradient in the mean (n, D),
-        as if r changed only along its gradient g at the mean. Then r depends on h alone, h = g'(x -
-        mean) / size ~ N(0, 1), with size the deviation of g'x. With E_r, the mean weighted by
-        r^power,
-
-            d log E[r^power] / dmean = E_r[h] g / size
-
-        which needs no other slope of r, and so is right for a narrow r as well. Both means are sums
-        over 25 points h, |h| <= 6."""
-        xp, g = self.xp, r.gradient(self.mean)
-        line, h = self.variance * g, xp.linspace(-6, 6, 25)[:, None]
-        size = xp.sqrt((line * g).sum(1, keepdims=True))
-        size = xp.where(size > 0, size, 1.0)  # where g = 0, which moves nothing
-        points = (self.mean + h[:, None] * line / size).reshape(-1, g.shape[1])
-        log_w = power * r.log_r(points).reshape(len(h), -1) - 0.5 * h ** 2
-        top = log_w.max(0)
-        w = xp.exp(log_w - top)
-        log_r = top + xp.log(w.sum(0) / xp.exp(-0.5 * h ** 2).sum())
-        return log_r, g / size * ((w * h).sum(0) / w.sum(0))[:, None]
-
     def slope_against(self, other):
-        """The slope in x (n, D) of log(self / other), where other is given the variance of self:
-        other, tilted by it, is self."""
+        """The g (n, D) for which other, tilted by it, would be self, if it had self's variance."""
         return (self.mean - other.mean) / self.variance
-
-    def with_noise(self, eta):
-        """The same mean, and eta times the deviation."""
-        return Normal(self.xp, self.mean, eta ** 2 * self.variance)
 
     def take(self, rows):
         """The distributions of these examples."""
@@ -292,19 +266,9 @@ class Bernoulli:
         """The product with exp(g x), normalised, and log Z (n,): the log odds move by g."""
         return self.times(0 * self.one, g)
 
-    def averaged(self, r, power=1.0):
-        """power log r and its gradient at the mean: between bits no r says anything."""
-        return power * r.log_r(self.mean), power * r.gradient(self.mean)
-
     def slope_against(self, other):
-        """How far the log odds lie above those of other, (n, D): other, tilted by it, is self."""
+        """The g (n, D) for which other, tilted by it, is self: a difference of log odds."""
         return self.xp.log(self.one / self.zero) - self.xp.log(other.one / other.zero)
-
-    def with_noise(self, eta):
-        """Itself; InputError unless eta is 1."""
-        if eta != 1:
-            raise InputError("bits have no path without noise: eta is 1 for them")
-        return self
 
     def take(self, rows):
         """The distributions of these examples."""
@@ -334,8 +298,8 @@ class Diffusion:
 
     And for chapter 5 only, where an r(x_0) is to steer the reverse steps:
 
-    x0_for_r(xt, t, z)   p_x0 as this takes it
-    dp_x0(xt, t, z, g)   dx and dz of a function whose gradient in the mean of p_x0 is g
+    x0_for_r(xt, t, z)   the distribution of x_0 by which r(x_0) is averaged
+    dp_x0(xt, t, z, g)   dx and dz of a function of the mean of p_x0, whose gradient there is g
     guided(p, t, g, prior, given)   what to tilt p = p_back by, (n, D), where g (n, D) is the
                          gradient of log r_t at x_t. prior: x0_for_r; given: the same times the
                          Observations in r
@@ -360,7 +324,8 @@ class Diffusion:
 
     def H_p(self, x0):
         """E[-log pi(x_T) + log pi(x_1) - log pi(x_0) | x_0], nats (n,), see DPM.bound. This is the
-        paper's constant (eqs. 42-46) for numbers of second moment 1, and for bits of mean rate."""
+        paper's constant (eqs. 42-46) for numbers whose second moment is 1, and for bits whose mean
+        is the rate."""
         return self.mean_log_pi(1, x0) - self.mean_log_pi(self.T, x0) - self.log_pi(x0)
 
     def kl_to_pi(self, t, x0):
@@ -562,8 +527,8 @@ class Gaussian(Diffusion):
     def until(self, sigma):
         """The diffusion that ends where noise is sigma times as strong as the data: its x_T is (x_0
         + sigma eps) / sqrt(1 + sigma^2). A sigma below the noise at t = 2, or above that at T, is
-        replaced by that noise. Its times lie evenly between 1 and the t, not a whole number, that
-        has this noise, so that its steps are as long as the network knows. InputError unless
+        replaced by that noise. It lies between two of the T steps; levels are interpolated, so that
+        all steps are about as long as in training. InputError unless
         sigma > 0."""
         if not sigma > 0:
             raise InputError(f"noise has a deviation above 0, not {sigma}")
@@ -644,7 +609,7 @@ class Binomial(Diffusion):
     def p_back(self, xt, t, z, eta=1.0):
         """B(m q_1 + (1 - m) q_0), q_x = q(x_{t-1} = 1 | x_t, x_0 = x)."""
         m, (q1, q0) = self.p_x0(xt, t, z), (self.q_back(x, xt, t) for x in (1, 0))
-        return self._mixture(m.one, m.zero, q1, q0).with_noise(eta)
+        return self._mixture(m.one, m.zero, q1, q0)
 
     def kl(self, x0, xt, t, z, v_weight=None):
         """Per bit, with b of q_back and f of p_back,
@@ -789,9 +754,8 @@ class Conv3x3(Layer):
         n, H, W, C = x.shape
         padded = xp.zeros((n, H + 2, W + 2, C), x.dtype)
         padded[:, 1:-1, 1:-1] = x
-        example, row, column, channel = padded.strides  # around is a view, and not yet a copy
-        around = xp.lib.stride_tricks.as_strided(
-            padded, (n, H, W, 3, 3, C), (example, row, column, row, column, channel))
+        around = xp.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))  # not yet a copy
+        around = around.transpose(0, 1, 2, 4, 5, 3)  # (n, H, W, 3, 3, C)
         for i in pieces(n, H * W, 1600, xp):
             yield i, around[i].reshape(-1, 9 * C)
 
@@ -936,8 +900,8 @@ class Cells(Sequential):
 
 class Pooled(Cells):
     """f on a grid `side` times as coarse: a cell has the mean of its pixels (zeros beyond the
-    border), a pixel the value of its cell. The backward of this mean is the copy / side^2; of the
-    copy, the mean times side^2."""
+    border), a pixel the value of its cell. Backward, a pixel gets dcell / side^2, and a cell the
+    sum of the dpixels: the same two, but for a factor."""
 
     def __init__(self, side, *layers):
         super().__init__(*layers)
@@ -1435,8 +1399,8 @@ class DPM:
     what else is to be known of the run. learned: a LearnedSchedule (chapter 4), or None.
 
     A batch is dealt out in S shares, one for each thread of each rank of `comm` (MPI): example i
-    goes to share i mod S. With the same S noise is the same, and so are sums but for rounding; 2
-    ranks of 1 thread give the same bits as 1 rank of 2."""
+    goes to share i mod S. For one S, an example has the same noise however S is made of ranks and
+    threads; sums may differ by rounding, but 2 ranks of 1 thread give the bits of 1 rank of 2."""
 
     def __init__(self, diffusion, network, shape, shift=0.0, scale=1.0, about=None, threads=None,
                  dtype="float32", seed=0, theta=None, learned=None, comm=None):
@@ -1546,12 +1510,15 @@ class DPM:
 
     def p_back(self, x, t, eta=1.0):
         """p(x_{t-1} | x_t = x) for x (n, D) and an integer t >= 1: the network's. At t = 1 it is
-        the fixed last step (eq. 44), or a discretised decoder's p_x0. eta: Gaussian.p_back."""
+        the fixed last step (eq. 44), or a discretised decoder's p_x0. eta: see Gaussian.p_back;
+        InputError for bits, unless it is 1."""
         q, t_x = self.diffusion, self.xp.full(len(x), t)
+        if eta != 1 and q.distribution is Bernoulli:
+            raise InputError("bits have no path without noise: eta is 1 for them")
         if t > 1:
             return q.p_back(x, t_x, self.forward(x, t_x), eta)
         p = q.p_x0(x, t_x, self.forward(x, t_x)) if q.discretised else q.q_step(x, t_x)
-        return p.with_noise(eta)
+        return p if eta == 1 else Normal(self.xp, p.mean, eta ** 2 * p.variance)
 
     # The bound
 
@@ -1780,8 +1747,8 @@ def entropy_bounds(q, x0):
         H_q(X_t|X_{t-1}) + H_q(X_{t-1}|X_0) - H_q(X_t|X_0) <= H_q(X_{t-1}|X_t) <= H_q(X_t|X_{t-1})
 
     The lower one is tight where x_0 adds nothing to what x_t tells of x_{t-1}, as for one point;
-    the upper one where H_q(X_t) no longer grows, as for data that is pi already. That one needs
-    data of unit variance, or bits whose mean is the rate."""
+    the upper one where H_q(X_t) no longer grows, as for data that is pi already. It is proved for
+    data whose second moment is 1, or bits whose mean is the rate; for other data it may fail."""
     mean = q.xp.asarray(x0).mean(0, keepdims=True)  # every entropy is linear in x_0
     H_q = np.array([math.nan] + [float(q.H_q(t, mean)[0]) for t in range(1, q.T + 1)])
     upper = np.array([math.nan] * 2 + [float(q.H_step(t, mean)[0]) for t in range(2, q.T + 1)])
@@ -1968,6 +1935,30 @@ class Function:
     def gradient(self, x):
         return self._checked(self._gradient(x), x.shape, "gradient", x)
 
+    def averaged(self, p, power=1.0):
+        """log E[r(x)^power] (n,) for x with distribution p, and its gradient in the mean of p,
+        (n, D), as if r changed only along its gradient g at the mean. Where p is Normal, r then
+        depends on h alone, h = g'(x - mean) / size ~ N(0, 1), with size the deviation of g'x. With
+        E_r, the mean weighted by r^power,
+
+            d log E[r^power] / dmean = E_r[h] g / size
+
+        which asks for no other gradient of r, and so serves where r is narrower than p. Both means
+        are sums over 25 points h, |h| <= 6. Of bits it is r at the mean, and g: between 0 and 1 no
+        r says anything."""
+        xp, g = p.xp, self.gradient(p.mean)
+        if not isinstance(p, Normal):
+            return power * self.log_r(p.mean), power * g
+        line, h = p.variance * g, xp.linspace(-6, 6, 25)[:, None]
+        size = xp.sqrt((line * g).sum(1, keepdims=True))
+        size = xp.where(size > 0, size, 1.0)  # where g = 0, which moves nothing
+        points = (p.mean + h[:, None] * line / size).reshape(-1, g.shape[1])
+        log_w = power * self.log_r(points).reshape(len(h), -1) - 0.5 * h ** 2
+        top = log_w.max(0)
+        w = xp.exp(log_w - top)
+        log_r = top + xp.log(w.sum(0) / xp.exp(-0.5 * h ** 2).sum())
+        return log_r, g / size * ((w * h).sum(0) / w.sum(0))[:, None]
+
 
 R_SCHEDULES = ("predicted", "constant", "annealed")
 
@@ -2029,11 +2020,11 @@ class Posterior:
 
     def of_x0(self, p):
         """log E[r(x_0)] (n,), up to a constant, where x_0 has the distribution p; and its gradient
-        in the mean of p, (n, D). For a Function see `averaged` of p."""
+        in the mean of p, (n, D). For a Function see Function.averaged."""
         product, log_r = self.given(p)
         g = (product.mean - p.mean) / p.variance
         for f in self.functions:
-            log_r_f, g_f = p.averaged(f)
+            log_r_f, g_f = f.averaged(p)
             log_r, g = log_r + log_r_f, g + g_f
         return log_r, g
 
@@ -2101,7 +2092,7 @@ class Posterior:
         q, power = self.model.diffusion, self._power(t) if g is None else 0.0  # r^0 = 1
         p, log_Z = self.given(p, power)
         if g is None:
-            g = sum((p.averaged(f, power)[1] for f in self.functions), 0 * p.mean)
+            g = sum((f.averaged(p, power)[1] for f in self.functions), 0 * p.mean)
         p, log_Z_g = p.tilted(g)
         x = p.draw(self.model.noise(rngs, self.particles))
         log_r = sum(o.log_r(q, x, power) for o in self.observations)
@@ -2148,19 +2139,13 @@ def resampled(log_w, rngs, last=False):
     for weights log_w (n, N). Returns which particles go on, as rows of all n N, and which samples
     were drawn anew (n,). last: one particle of each sample is drawn, and the rows are (n,)."""
     (n, N), w = log_w.shape, softmax(log_w, axis=1)
-    u = np.array([[rng.random()] for rng in rngs])
-    start = N * np.arange(n)[:, None]
-    if last:
-        return (start + pick(w, u)).ravel(), np.ones(n, bool)
-    low = 1 / (w ** 2).sum(1) < N / 2
-    chosen = np.where(low[:, None], pick(w, (np.arange(N) + u) / N), np.arange(N))
-    return (start + chosen).ravel(), low
-
-
-def pick(w, points):
-    """Which particle's part of [0, 1) each point (n, P) lies in, for weights w (n, N): (n, P)."""
-    ends = np.cumsum(w, axis=1) / w.sum(1, keepdims=True)
-    return np.minimum((points[:, :, None] >= ends[:, None]).sum(2), w.shape[1] - 1)
+    drawn = (1 / (w ** 2).sum(1) < N / 2) | last
+    rows = [np.arange(N)] * n
+    for k, rng in enumerate(rngs):
+        u = rng.random()  # drawn or not: the noise of a sample depends on itself alone
+        if drawn[k]:
+            rows[k] = stratified(1 if last else N, w[k], u)
+    return np.concatenate([k * N + r for k, r in enumerate(rows)]), drawn
 
 
 # ------------------------------------------------------------------------------------------------
