@@ -754,8 +754,9 @@ class Conv3x3(Layer):
         n, H, W, C = x.shape
         padded = xp.zeros((n, H + 2, W + 2, C), x.dtype)
         padded[:, 1:-1, 1:-1] = x
-        around = xp.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))  # not yet a copy
-        around = around.transpose(0, 1, 2, 4, 5, 3)  # (n, H, W, 3, 3, C)
+        example, row, column, channel = padded.strides  # around is a view, and not yet a copy
+        around = xp.lib.stride_tricks.as_strided(
+            padded, (n, H, W, 3, 3, C), (example, row, column, row, column, channel))
         for i in pieces(n, H * W, 1600, xp):
             yield i, around[i].reshape(-1, 9 * C)
 
