@@ -2830,6 +2830,20 @@ def result_of(run):
 
 
 @scripts
+def test_one_held_out_example_has_no_error(tmp_path):
+    """No number, instead of NaN, which JSON does not have."""
+    r = rng(97)
+    np.savez(tmp_path / "one.npz", train=r.integers(0, 256, (3, 5, 4), np.uint8),
+             test=r.integers(0, 256, (1, 5, 4), np.uint8))
+    done("train", "--dataset", "one.npz", *TINY, "--widths", 8, "--steps", 2, "--out", "r",
+         cwd=tmp_path)
+    said = done("train", "--evaluate", "r", "r", cwd=tmp_path)
+    assert "NaN" not in (tmp_path / "r" / "result.json").read_text()
+    assert result_of(tmp_path / "r")["bits_per_dim_se"] is None
+    assert "+-" not in said.out.split("data  ")[0]  # but in the head of the table of several runs
+
+
+@scripts
 def test_train_leaves_everything(place):
     figures_of = dict(digits={"samples.png", "rate.png", "figure3.png"},
                       roll={"figure1.png", "schedule.png", "forgetting.png"},

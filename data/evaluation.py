@@ -89,6 +89,8 @@ def evaluate(path, xp, chains=(), parzen=False, comm=None):
     if parzen:
         result |= parzen_estimate(model, dataset)
     result["evaluation_seconds"] = round(time.perf_counter() - started, 1)
+    # The error of a single example is NaN, which JSON does not have
+    result = {name: None if value != value else value for name, value in result.items()}
     if leads:
         alone = model.with_diffusion(q)
         alone.comm = dpm.Alone()  # the other ranks don't draw
@@ -340,8 +342,8 @@ def compare(evaluated):
         r = r | dict(data=pathlib.Path(r["dataset"]).name[:15])
         if "L_T_bits" in r:
             r["discretised_bits_per_dim"] = r.pop("bits_per_dim")
-        K, se, gained = (r[f"K{end}"] / r["pixels"] for end in (
-            "_bits", "_bits_se", "_minus_L_null_bits"))
+        K, gained = (r[f"K{end}"] / r["pixels"] for end in ("_bits", "_minus_L_null_bits"))
+        se = math.nan if r["K_bits_se"] is None else r["K_bits_se"] / r["pixels"]
         K_star, bits, discrete, frechet = (f"{r[key]:.4f}" if key in r else "-" for key in (
             "K_star_bits", "bits_per_dim", "discretised_bits_per_dim", "frechet"))
         print("".join(f"{r[name]:<{width}}" for name, width in how.items()) +
