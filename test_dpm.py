@@ -2034,6 +2034,7 @@ def test_a_chain_until_one_of_its_times_is_its_beginning(kind):
     q = dpm.Gaussian(dpm.schedule(kind, 60, 1e-3))
     for t in (2, 17, 59):
         close(q.until(float(q.sin[t] / q.cos[t])).alpha_bar, q.alpha_bar[:t + 1])
+        assert q.until(0.999 * float(q.sin[t] / q.cos[t])).T == t  # steps no longer than usual
     close(q.until(1e-6).alpha_bar, q.alpha_bar[:3])
     q = gaussian(60, 1e-3, kind, variance="beta")
     assert q.until(1.0).config == q.config
