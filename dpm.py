@@ -2142,10 +2142,8 @@ def resampled(log_w, rngs, last=False):
     (n, N), w = log_w.shape, softmax(log_w, axis=1)
     drawn = (1 / (w ** 2).sum(1) < N / 2) | last
     rows = [np.arange(N)] * n
-    for k, rng in enumerate(rngs):
-        u = rng.random()  # drawn or not: the noise of a sample depends on itself alone
-        if drawn[k]:
-            rows[k] = stratified(1 if last else N, w[k], u)
+    for k in np.flatnonzero(drawn):
+        rows[k] = stratified(1 if last else N, w[k], rngs[k].random())
     return np.concatenate([k * N + r for k, r in enumerate(rows)]), drawn
 
 

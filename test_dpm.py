@@ -2085,6 +2085,7 @@ def test_bad_observations(y, sigma, says):
     (CURVE, dict(r_schedule="linear"), "no r-schedule"),
     (dpm.Function(lambda x: x, lambda x: x), dict(particles=2), "log_r of your r returns"),
     (dpm.Function(lambda x: x[:, 0], lambda x: 1.0), {}, "returns float"),
+    (dpm.Function(lambda x: x[:, 0] - np.inf, lambda x: x), {}, "returns NaN or infinite"),
     (dpm.Function(lambda x: x[:, 0], lambda x: x * np.nan), {}, r"\|x\| is [0-9]")])
 def test_bad_r(r, options, says):
     with refused(says):
