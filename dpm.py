@@ -149,9 +149,9 @@ def schedule(kind, T, beta_1):
                      ours, for bits; not Nichol & Dhariwal's, which has cos^2
     beta_1  the variance of the first step, fixed (section 2.4.1); `linear` has its own. It limits
             K of continuous data: no model gets above -D/2 ln(2 pi e beta_1).
-    InputError for an unknown kind, T < 2, or beta_1 outside of 1e-12..0.8."""
-    if T < 2 or not 1e-12 <= beta_1 <= 0.8:
-        raise InputError("a schedule needs T >= 2 and a beta_1 from 1e-12 to 0.8, not "
+    InputError for an unknown kind, T < 2, or beta_1 outside of 1e-14..0.8."""
+    if T < 2 or not 1e-14 <= beta_1 <= 0.8:
+        raise InputError("a schedule needs T >= 2 and a beta_1 from 1e-14 to 0.8, not "
                          f"{T} and {beta_1}")
     if kind == "logsnr":
         alpha_bar = expit(-np.linspace(logit(beta_1), 10, T))
@@ -528,8 +528,7 @@ class Gaussian(Diffusion):
         """The diffusion that ends where noise is sigma times as strong as the data: its x_T is (x_0
         + sigma eps) / sqrt(1 + sigma^2). A sigma below the noise at t = 2, or above that at T, is
         replaced by that noise. It lies between two of the T steps; levels are interpolated, so that
-        all steps are about as long as in training. InputError unless
-        sigma > 0."""
+        all steps are about as long as in training. InputError unless sigma > 0."""
         if not sigma > 0:
             raise InputError(f"noise has a deviation above 0, not {sigma}")
         t, level = np.arange(1, self.T + 1), to_host(self.level)[1:]
