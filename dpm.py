@@ -1441,7 +1441,7 @@ class DPM:
         return self if S is None else self.with_diffusion(self.diffusion.shortened(S))
 
     def until(self, sigma):
-        """The same model with a chain that begins at data under noise sigma, see Diffusion.until.
+        """The same model with a chain that begins at data under noise sigma, see Gaussian.until.
         For noisy y (n, D), normalised, sample(n, x_T=y / sqrt(1 + sigma^2)) draws from p(x_0 | y),
         with no need of an r."""
         return self.with_diffusion(self.diffusion.until(sigma))
@@ -2202,10 +2202,10 @@ def build(diffusion, shape, about, learned=False, **options):
         raise InputError("the paper's kernel has its own variance (eq. 64) and no decoder")
     if predict == "eps" and float(diffusion.alpha_bar[-1]) == 0:
         raise InputError("eps^ says nothing of x_0 where alpha_bar_T = 0: predict v")
-    if network == "paper" and "lowest" not in sizes:
+    if network == "paper":  # kept with the model, since a part of its schedule has other ends
         lowest, highest = (float(diffusion.level[t]) for t in (1, -1))
-        sizes = dict(sizes, pixels=H * W, lowest=lowest, highest=10.0 if learned else highest)
-        about = dict(about, sizes=sizes)  # the same for another part of the schedule
+        sizes = dict(pixels=H * W, lowest=lowest, highest=10.0 if learned else highest) | sizes
+        about = dict(about, sizes=sizes)
     readout = READOUTS["bits" if isinstance(diffusion, Binomial) else predict]()
     made = NETWORKS[network](C, readout, diffusion.outputs, **sizes)
     beta_1 = 1 - float(diffusion.alpha_bar[1])
