@@ -211,10 +211,6 @@ class Normal:
         product = Normal(self.xp, self.mean + self.variance * g, self.variance)
         return product, (g * (self.mean + product.mean) / 2).sum(1)
 
-    def slope_against(self, other):
-        """The g (n, D) for which other, tilted by it, would be self, if it had self's variance."""
-        return (self.mean - other.mean) / self.variance
-
     def take(self, rows):
         """The distributions of these examples."""
         return Normal(self.xp, self.mean[rows], self.variance[rows])
@@ -266,10 +262,6 @@ class Bernoulli:
         """The product with exp(g x), normalised, and log Z (n,): the log odds move by g."""
         return self.times(0 * self.one, g)
 
-    def slope_against(self, other):
-        """The g (n, D) for which other, tilted by it, is self: a difference of log odds."""
-        return self.xp.log(self.one / self.zero) - self.xp.log(other.one / other.zero)
-
     def take(self, rows):
         """The distributions of these examples."""
         return Bernoulli(self.xp, self.one[rows], self.zero[rows])
@@ -290,8 +282,6 @@ class Diffusion:
     kl(x0, xt, t, z, v_weight=None)   KL[q_back || p_back], t >= 2, nats (n,), and dz, its
                          derivative; v_weight: see `objective`
     ideal(xt, t, ...)    the z of the best possible kernel, from moments of x_0 given x_t
-    H_q(t, x0)           entropy of q(x_t | x_0), nats (n,), t an integer >= 1
-    H_step(t, x0)        entropy of q(x_t | x_{t-1}), in the mean over x_{t-1} given x_0, likewise
     mean_log_pi(t, x0)   E[log pi(x_t) | x_0], nats (n,), t an integer >= 0
     log_null(x)          log likelihood under pi, for bits under B(mean of the data), nats (n,)
     pi(shape)            the distribution pi
@@ -318,6 +308,21 @@ class Diffusion:
         a = xp.clip(self.alpha_bar, 1e-9, 1 - 1e-9)  # it is 1 at t = 0, and may be 0 at T
         self.level, self.s = xp.log((1 - a) / a), xp.zeros(self.T + 1)
         self.s[2:] = xp.log1p(-self.alpha_bar[2:]) - xp.log1p(-self.before[2:])
+
+    def _H(self, kernel, t, x):
+        """The entropy of kernel(x, t), nats (n,): for a bit linear in x, so that the mean of bits
+        has the mean of their entropies; for a number the same for all x."""
+        h = kernel(self.xp.asarray([[0.0], [1.0]]), self.xp.full(2, t)).entropy()
+        return (x * h[1] + (1 - x) * h[0]).sum(1)
+
+    def H_q(self, t, x0):
+        """Entropy of q(x_t | x_0), t an integer >= 1; of numbers D/2 ln(2 pi e (1 - alpha_bar_t)).
+        Like the next, linear in x_0: the mean of the data serves for the data."""
+        return self._H(self.q_jump, t, x0)
+
+    def H_step(self, t, x0):
+        """Of q(x_t | x_{t-1}), in the mean over x_{t-1}; of numbers D/2 ln(2 pi e beta_t)."""
+        return self._H(self.q_step, t, self.q_jump(x0, self.xp.full(len(x0), t - 1)).mean)
 
     def log_pi(self, x):
         return self.mean_log_pi(0, x)
@@ -506,14 +511,6 @@ class Gaussian(Diffusion):
         sin, = self._at(t, self.sin)
         return self.xp.stack([self.velocity(mean, xt, t), variance / sin ** 2], 2)
 
-    def H_q(self, t, x0):
-        """D/2 ln(2 pi e (1 - alpha_bar_t)), whatever x_0 is."""
-        return self.q_jump(x0, self.xp.full(len(x0), t)).entropy()
-
-    def H_step(self, t, x0):
-        """D/2 ln(2 pi e beta_t)."""
-        return self.q_step(x0, self.xp.full(len(x0), t)).entropy()
-
     def mean_log_pi(self, t, x0):
         """x_t^2 is alpha_bar_t x_0^2 + 1 - alpha_bar_t in the mean."""
         a = float(self.alpha_bar[t])
@@ -629,18 +626,6 @@ class Binomial(Diffusion):
         with np.errstate(divide="ignore"):
             odds = self.xp.log(mean) - self.xp.log(1 - mean)
             return (odds - self._log_odds(xt, t))[..., None]
-
-    def _H(self, x, a):
-        """The entropy of bits kept with probability a that are 1 with probability x, (n,)."""
-        h = self._kept(self.xp.asarray([[0.0], [1.0]]), a).entropy()
-        return (x * h[1] + (1 - x) * h[0]).sum(1)
-
-    def H_q(self, t, x0):
-        """Linear in x_0, so that the mean of the data serves for the data."""
-        return self._H(x0, float(self.alpha_bar[t]))
-
-    def H_step(self, t, x0):
-        return self._H(self._kept(x0, float(self.before[t])).one, 1 - float(self.beta[t]))
 
     def mean_log_pi(self, t, x0):
         """log pi is linear in the bits."""
@@ -1508,15 +1493,16 @@ class DPM:
         self.deal(work, len(x))
         return z
 
-    def p_back(self, x, t, eta=1.0):
-        """p(x_{t-1} | x_t = x) for x (n, D) and an integer t >= 1: the network's. At t = 1 it is
-        the fixed last step (eq. 44), or a discretised decoder's p_x0. eta: see Gaussian.p_back;
-        InputError for bits, unless it is 1."""
+    def p_back(self, x, t, eta=1.0, contrast=None):
+        """p(x_{t-1} | x_t = x) for x (n, D) and an integer t >= 1: the network's, or a Contrast's.
+        At t = 1 it is the fixed last step (eq. 44), or a discretised decoder's p_x0. eta: see
+        Gaussian.p_back; InputError for bits, unless it is 1."""
         q, t_x = self.diffusion, self.xp.full(len(x), t)
         if eta != 1 and q.distribution is Bernoulli:
             raise InputError("bits have no path without noise: eta is 1 for them")
         if t > 1:
-            return q.p_back(x, t_x, self.forward(x, t_x), eta)
+            z = contrast.forward(self, x, t_x) if contrast else self.forward(x, t_x)
+            return q.p_back(x, t_x, z, eta)
         p = q.p_x0(x, t_x, self.forward(x, t_x)) if q.discretised else q.q_step(x, t_x)
         return p if eta == 1 else Normal(self.xp, p.mean, eta ** 2 * p.variance)
 
@@ -1643,44 +1629,45 @@ class DPM:
 
     # Samples
 
-    def sample(self, number, seed=0, steps=None, eta=1.0, batch=None, keep=(), progress=iter,
-               first=0, x_T=None, contrast=None):
+    def sample(self, number, seed=0, eta=1.0, batch=None, keep=(), progress=iter, first=0,
+               x_T=None, contrast=None, repeats=1):
         """Samples (number, D) of p(x_0): x_T ~ pi, then x_{t-1} ~ p(x_{t-1} | x_t) for t = T..1
         (eqs. 4, 5 and 44). They are true draws, not means.
 
-        steps     use this many of the T steps, see Diffusion.shortened
         eta       from 0, no noise, to 1, the model's, see Gaussian.p_back
         batch     chains at a time; None: as many as have 2^16 numbers, on a GPU 2^20
-        keep      times t in 1..T, or 1..steps, whose x_t are wanted too: the result is (samples,
-                  {t: x_t})
+        keep      times t in 1..T whose x_t are wanted too: the result is (samples, {t: x_t})
         first     begin with sample number `first`, so that many can be drawn part by part
         x_T       (number, D) to start from, where they are not drawn from pi
         contrast  a Contrast, for clearer samples
+        repeats   make each step which `decides` so many times; before each but the first, q_step
+                  leads from x_{t-1} up to another x_t. With exact steps this is Gibbs sampling of
+                  (x_{t-1}, x_t), and x_t forgets what earlier steps did wrong (as in Lugmayr et
+                  al. 2022, arXiv 2201.09865)
 
         Sample k has its own noise, from (seed, k): up to rounding it is the same on every device
-        and for every size of `batch`. InputError for steps or eta outside of their limits, or a
-        contrast with an eta below 1."""
-        if not 0 <= eta <= 1:
-            raise InputError(f"eta lies between 0 (no noise) and 1 (the model's), not {eta}")
-        if contrast and eta < 1:
-            raise InputError("a contrast needs the model's own noise: omit eta")
-        model = self.shortened(steps)
-        xp, q = model.xp, model.diffusion
+        and for every size of `batch`. InputError for an eta outside of its limits, or fewer than
+        one repeat."""
+        if not 0 <= eta <= 1 or repeats < 1:
+            raise InputError("eta lies between 0 (no noise) and 1 (the model's), and repeats are 1 "
+                             f"or more: not {eta} and {repeats}")
+        xp, q = self.xp, self.diffusion
 
         def draw_batch(rngs, rows, tick):
-            kept, pi = {}, q.pi((len(rngs), self.D))
-            x = pi.draw(model.noise(rngs)) if x_T is None else xp.asarray(x_T[rows])
-            for t in range(model.T, 0, -1):
+            kept, n = {}, len(rngs)
+            x = q.pi((n, self.D)).draw(self.noise(rngs)) if x_T is None else xp.asarray(x_T[rows])
+            for t in range(self.T, 0, -1):
                 if t in keep:
                     kept[t] = x
-                p = model.p_back(x, t, eta)
-                if contrast and decides(q, t):
-                    p = contrast.sharpened(model, p, x, t)
-                x = p.draw(model.noise(rngs))
+                for repeat in range(repeats if decides(q, t) else 1):
+                    if repeat:
+                        x = q.q_step(x, xp.full(n, t)).draw(self.noise(rngs))
+                    p = self.p_back(x, t, eta, contrast if decides(q, t) else None)
+                    x = p.draw(self.noise(rngs))
                 tick()
             return kept | {0: x}
 
-        return model.chains(draw_batch, number, seed, batch, keep, progress, first)
+        return self.chains(draw_batch, number, seed, batch, keep, progress, first)
 
     def noise(self, rngs, rows=1):
         """What is random in one step, `rows` rows by each generator: (len(rngs) rows, D)."""
@@ -1714,23 +1701,28 @@ def decides(q, t):
 
 
 class Contrast:
-    """(p / p_weak)^w, for clearer samples. weak: a DPM of the same data with fewer weights and less
-    training. It makes the errors of the model, only larger; so we step away from it (autoguidance,
-    Karras et al. 2024, arXiv 2406.02507). p(x_0) cannot be computed, so steps are multiplied: one
-    which `decides` becomes p^(1 + w) / p_weak^w, normalised, p_weak with the variance of p. The
-    samples vary less; of which distribution they are, nobody knows; above w = 3 some go astray.
-    (Samples of a posterior it does not make clearer.) InputError unless w is finite and 0 or more.
-    """
+    """For clearer samples: away from what a worse model says (autoguidance, Karras et al. 2024,
+    arXiv 2406.02507). weak: a DPM of the same data with fewer weights and less training, which
+    makes the errors of the model, only larger. At steps that `decide`, v becomes
+
+        v + w (v - v_weak)
+
+    so that a step p becomes p^(1 + w) / p_weak^w, normalised, p_weak with the variance of p; of
+    bits, the log odds of x_0 become that. The samples vary less; of which distribution they are,
+    nobody knows; above w = 3 some go astray. (Samples of a posterior it does not make clearer.)
+    InputError unless w is finite and 0 or more."""
 
     def __init__(self, weak, w):
         if not 0 <= w < math.inf:
             raise InputError(f"the power w of a contrast is finite, and 0 or more, not {w}")
         self.weak, self.w = weak, w
 
-    def sharpened(self, model, p, x, t):
-        """p = p(x_{t-1} | x_t = x) of the model, t >= 2 an integer, times (p / p_weak)^w."""
+    def forward(self, model, x, t):
+        """The z (n, D, outputs) of the model for x (n, D) and t (n,), moved so."""
         weak = self.weak.resized(*model.shape[:2]).with_diffusion(model.diffusion)
-        return p.tilted(self.w * p.slope_against(weak.p_back(x, t)))[0]
+        z = model.forward(x, t)
+        z[..., 0] += self.w * (z[..., 0] - weak.forward(x, t)[..., 0])
+        return z
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1749,7 +1741,7 @@ def entropy_bounds(q, x0):
     The lower one is tight where x_0 adds nothing to what x_t tells of x_{t-1}, as for one point;
     the upper one where H_q(X_t) no longer grows, as for data that is pi already. It is proved for
     data whose second moment is 1, or bits whose mean is the rate; for other data it may fail."""
-    mean = q.xp.asarray(x0).mean(0, keepdims=True)  # every entropy is linear in x_0
+    mean = q.xp.asarray(x0).mean(0, keepdims=True)
     H_q = np.array([math.nan] + [float(q.H_q(t, mean)[0]) for t in range(1, q.T + 1)])
     upper = np.array([math.nan] * 2 + [float(q.H_step(t, mean)[0]) for t in range(2, q.T + 1)])
     return upper - np.diff(H_q, prepend=math.nan), upper
@@ -1982,10 +1974,7 @@ class Posterior:
     so many chains, which are drawn anew where their weights become uneven: exact in the limit of
     many, if no r_t excludes what r allows (constant and annealed do, for a known value).
 
-    A step which `decides` is made `repeats` times; before each but the first, q_step leads from
-    x_{t-1} up to another x_t. With exact steps this is Gibbs sampling of (x_{t-1}, x_t), and x_t
-    forgets what earlier steps did wrong (as in Lugmayr et al. 2022, arXiv 2201.09865).
-    InputError for another schedule, fewer than one particle or repeat, an r of another type, or
+    repeats: see DPM.sample. InputError for another schedule, fewer than one particle or repeat, an r of another type, or
     particles together with repeats."""
 
     def __init__(self, model, r, r_schedule="predicted", particles=1, repeats=1):
@@ -2046,11 +2035,10 @@ class Posterior:
         p, prior = q.p_back(x, t_x, z), q.x0_for_r(x, t_x, z)
         return p, log_r, q.guided(p, t_x, g, prior, self.given(prior)[0])
 
-    def sample(self, number, seed=0, steps=None, batch=None, keep=(), progress=iter, first=0):
+    def sample(self, number, seed=0, batch=None, keep=(), progress=iter, first=0):
         """Samples (number, D); the arguments are those of DPM.sample. The y of an Observation is
         (D,) or (number, D), and no two know the same coordinate; else InputError."""
-        chosen = copy.copy(self)
-        chosen.model = model = self.model.shortened(steps)
+        model = self.model
         times_known = model.xp.zeros(model.D, int)
         for o in self.observations:
             if o.y.shape not in ((model.D,), (number, model.D)):
@@ -2061,7 +2049,7 @@ class Posterior:
             raise InputError("two observations know the same coordinate: leave it to one of them")
 
         def draw_batch(rngs, rows, tick):
-            return chosen.rows(rows, self.particles)._draw_batch(rngs, tick, keep)
+            return self.rows(rows, self.particles)._draw_batch(rngs, tick, keep)
 
         return model.chains(draw_batch, number, seed, batch, keep, progress, first, self.particles)
 

@@ -43,12 +43,14 @@ def arguments():
     g.add_argument("--seed", metavar="N", type=int, default=0,
                    help="sample k depends on this and on k alone (0)")
     g.add_argument("--steps", metavar="S", type=int, help="use this many of the T steps "
-                   f"(images: {evaluation.IMAGE_STEPS}; --inpaint {sampling.STEPS // 2}, or "
-                   f"{sampling.STEPS} without repeats; --denoise {sampling.STEPS}, less those "
-                   "above its noise; else, and of the paper's kernel, all)")
-    g.add_argument("--eta", metavar="X", type=float, default=1.0,
-                   help="noise of the steps: 1 the model's, 0 none, which is DDIM (1); below 1 "
-                   "nothing is sharpened")
+                   f"(images: {evaluation.IMAGE_STEPS}; with repeats {sampling.STEPS // 2}; "
+                   f"--inpaint without them {sampling.STEPS}; --denoise {sampling.STEPS}, less "
+                   "those above its noise; else, and of the paper's kernel, all)")
+    g.add_argument("--eta", metavar="X", type=float, help="noise of the steps: 1 the model's, 0 "
+                   f"none, which is DDIM (1; sharpened {sampling.ETA})")
+    g.add_argument("--repeats", metavar="N", type=int, help="make each step that decides what a "
+                   f"sample will be N times (images: --inpaint {sampling.REPEATS['inpaint']}, "
+                   f"sharpened {sampling.REPEATS['samples']}; else 1)")
     g.add_argument("--weak", metavar="PATH", help="a worse model of the same data: samples keep "
                    "away from its errors (for the shipped digits data/mnist/weak.npz)")
     g.add_argument("--sharpen", metavar="W", type=float,
@@ -66,8 +68,6 @@ def arguments():
                    help="your own pictures, to complete, or noisy ones")
     g.add_argument("--particles", metavar="N", type=int, default=1,
                    help="weighted chains for each sample, without repeats (1)")
-    g.add_argument("--repeats", metavar="N", type=int, help="make each decisive step N times "
-                   f"(--inpaint of images: {sampling.REPEATS}; else 1)")
     g.add_argument("--r-schedule", metavar="NAME", choices=dpm.R_SCHEDULES,
                    help=f"r on the way, see dpm.Posterior: {', '.join(dpm.R_SCHEDULES)}")
     g = p.add_argument_group("how, and where to")
@@ -100,15 +100,15 @@ def check(args):
         raise dpm.InputError("--hole goes with --inpaint center")
     if args.mode == "samples" and (args.input or args.particles > 1 or args.r_schedule):
         raise dpm.InputError("--input, --particles and --r-schedule go with --inpaint or --denoise")
-    if args.repeats and (args.mode != "inpaint" or args.particles > 1):
-        raise dpm.InputError("--repeats goes with --inpaint, without --particles")
+    if args.repeats and (args.mode == "denoise" or args.particles > 1):
+        raise dpm.InputError("--repeats goes neither with --denoise nor with --particles")
     if args.sharpen is not None and not 0 <= args.sharpen < math.inf:
         raise dpm.InputError(f"--sharpen must be finite, and 0 or more, not {args.sharpen}")
-    if (args.weak is not None or args.sharpen) and not sampling.can_sharpen(args):
-        raise dpm.InputError("--weak and --sharpen are for free samples, without --eta")
-    if not 0 <= args.eta <= 1:
+    if (args.weak is not None or args.sharpen) and args.mode != "samples":
+        raise dpm.InputError("--weak and --sharpen are for free samples")
+    if args.eta is not None and not 0 <= args.eta <= 1:
         raise dpm.InputError(f"--eta lies between 0 and 1, not at {args.eta}")
-    if args.mode != "samples" and args.eta != 1:
+    if args.mode != "samples" and args.eta not in (None, 1):
         raise dpm.InputError("--eta is for free samples: omit it with --inpaint and --denoise")
 
 
@@ -140,9 +140,10 @@ def main():
     except dpm.InputError:
         if not free and not args.input:
             raise                                   # free samples and own pictures do without
-    if args.eta != 1 and binary:
+    if args.eta not in (None, 1) and binary:
         raise dpm.InputError("--eta is for numbers: bits have no path without noise")
-    model = sampling.shortened(model, args)
+    sampling.settle(model, args, sharpen)
+    model = model.shortened(args.steps)
     number = args.number or (NUMBER[kind] if free else observations.GIVEN)
     if args.input:
         model, truth = observations.own_pictures(model, args)

@@ -76,8 +76,7 @@ MAP = [  # equation, what it says, where it is in dpm.py, which tests hold it
      "test_denoising_follows_its_recursion test_r_of_what_a_network_predicts "
      "test_guidance_moves_the_mean test_guidance_by_a_function "
      "test_repeats_follow_their_recursion test_repeats_come_closer_to_the_truth"),
-    ("SD section 2.5", "times (p / p_weak)^w", "Contrast Normal.slope_against "
-     "Bernoulli.slope_against",
+    ("SD section 2.5", "times (p / p_weak)^w", "Contrast.forward",
      "test_a_contrast_is_a_ratio_of_kernels test_a_contrast_follows_its_recursion"),
     ("SD 24, 25-36", "bounds on the entropy of a reverse step", "entropy_bounds",
      "test_entropy_bounds_of_gaussian_data test_entropy_bounds_of_bits"),
@@ -306,6 +305,9 @@ def test_bernoulli():
         assert log_Z == approx(np.log(weights.sum()))
         close(product.one[0], weights @ states / weights.sum())
         close(product.zero, 1 - product.one)
+    far, log_Z = p.tilted(np.full(3, 800.0))  # where exp overflows
+    close(far.one, 1.0)
+    close(log_Z, 2400 + np.log(one).sum())
     u = np.linspace(0, 1, 1001)[:-1, None].repeat(3, 1)
     close(p.draw(u).mean(0), one[0], atol=1e-3)
     sure = dpm.Bernoulli(np, np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]]))
@@ -1336,14 +1338,12 @@ def test_a_shortened_chain_is_a_diffusion(make, options):
     other = dpm.DPM(direct, model.network, model.shape, dtype="float64", theta=model.theta,
                     threads=2)
     assert short.T == 5 and short.bound(x0, rng(85))["K"] == other.bound(x0, rng(85))["K"]
-    assert (model.sample(4, steps=5) == other.sample(4)).all()
-    close(model.sample(2, steps=5, first=2), other.sample(4)[2:])
-    assert (model.sample(4, steps=40) == model.sample(4)).all() and model.T == 40
+    assert (short.sample(4) == other.sample(4)).all()
+    assert (model.shortened(40).sample(4) == model.sample(4)).all() and model.T == 40
+    assert model.shortened(None) is model
     for S in (0, 1, 41):
-        for of in (model.shortened, lambda S: model.sample(2, steps=S),
-                   lambda S: dpm.Posterior(model, CURVE).sample(2, steps=S)):
-            with refused("2..40 steps"):
-                of(S)
+        with refused("2..40 steps"):
+            model.shortened(S)
 
 
 def test_steps_with_less_noise():
@@ -1367,7 +1367,6 @@ def test_steps_with_less_noise():
     last, less = model.p_back(x, 1), model.p_back(x, 1, 0.4)  # the fixed step too
     close(less.mean, last.mean)
     close(less.variance, 0.16 * last.variance)
-    assert (model.sample(3, steps=9, eta=0.5) == model.shortened(9).sample(3, eta=0.5)).all()
     for eta in (-0.5, 1.5):
         with refused("eta lies"):
             model.sample(2, eta=eta)
@@ -1482,20 +1481,27 @@ def test_the_report_of_posterior_samples():
     assert "data's deviation: E[x_0 | given] 0.250" in told and "; given 0.500" in told
 
 
-def test_how_many_steps_nobody_sees_a_difference_from():
+def test_how_samples_are_drawn_without_flags():
     image, points = (small_model(gaussian(300), shape, name) for name, shape in (
         ("unet", (2, 2, 1)), ("mlp", (1, 1, 3))))
     kernel = small_model(gaussian(300), (2, 2, 1), "paper", predict="paper")
-    flags = dict(mode="samples", steps=None, particles=1, repeats=None)
-    inpaint = flags | dict(mode="inpaint")
-    for model, chosen, T in [(image, flags, 250), (image, flags | dict(steps=9), 9),
-                             (image, inpaint, 35), (image, inpaint | dict(repeats=1), 70),
-                             (image, inpaint | dict(particles=2), 70),
-                             (image, flags | dict(mode="denoise"), 70),
-                             (points, flags, 300), (points, inpaint, 300),
-                             (kernel, flags, 300), (kernel, inpaint, 300)]:
-        model.about["binary"] = False
-        assert sampling.shortened(model, types.SimpleNamespace(**chosen)).T == T
+    usual = dict(mode="samples", steps=None, particles=1, repeats=None, eta=None)
+    inpaint, sharp = dict(mode="inpaint"), dpm.Contrast(image, 1)
+    for model, change, contrast, T, repeats, eta in [
+            (image, {}, None, 250, 1, 1), (image, dict(steps=9), None, 9, 1, 1),
+            (image, dict(repeats=2), None, 35, 2, 1), (image, dict(eta=0.3), None, 250, 1, 0.3),
+            (image, {}, sharp, 35, 3, 0.5), (image, dict(repeats=1, eta=1.0), sharp, 250, 1, 1),
+            (image, inpaint, None, 35, 5, 1), (image, inpaint | dict(repeats=1), None, 70, 1, 1),
+            (image, inpaint | dict(particles=2), None, 70, 1, 1),
+            (image, dict(mode="denoise"), None, 70, 1, 1),
+            (points, {}, None, None, 1, 1), (points, {}, sharp, None, 1, 0.5),
+            (points, inpaint, None, None, 1, 1), (kernel, {}, None, 300, 1, 1),
+            (kernel, inpaint, None, 300, 5, 1)]:
+        for binary in (False, True):
+            model.about["binary"], flags = binary, types.SimpleNamespace(**usual | change)
+            sampling.settle(model, flags, contrast)
+            assert (flags.steps, flags.repeats) == (T, repeats)
+            assert flags.eta == (1 if binary and "eta" not in change else eta)
     draws = lambda *shape: observations.draws_of(types.SimpleNamespace(shape=shape))
     assert [draws(8, 8, 3), draws(128, 256, 1), draws(999, 999, 1)] == [6, 2, 1]
 
@@ -1974,8 +1980,7 @@ def test_posterior_samples():
     close(clamped[:, 1], plain[:, 1])  # independent coordinates: nothing else may change
     close(draw(1e-7), clamped, atol=1e-5)
     close(draw(0, 4, np.repeat(y[None], 4, 0), batch=3), clamped[:4])
-    short = draw(0, 4, model=model.shortened(9))
-    assert (draw(0, 4, steps=9) == short).all() and (short[:, 0] == 1.5).all()
+    assert (draw(0, 4, model=model.shortened(9))[:, 0] == 1.5).all()
     model, r = small_model(), dpm.Observation([1.0, 0, 0], [0, 1, np.inf])
     x_T, of_r = (m.sample(3, keep=(12,))[1][12] for m in (model, dpm.Posterior(model, r)))
     close(of_r, x_T)  # a predicted r leaves pi alone
@@ -2099,21 +2104,25 @@ def test_bad_r(r, options, says):
 
 
 def test_a_contrast_is_a_ratio_of_kernels():
-    """p, tilted by w times its slope against p_weak, is p^(1 + w) / p_weak^w, normalised: their
-    logs differ by the same constant at every x. p_weak counts with the variance of p."""
-    (mean, other, x, x_2), variance = rng(80).standard_normal((4, 5, 3)), 0.1 + rng(81).random(3)
-    one, other_one = rng(82).random((2, 5, 3))
-    for p, weak, normal in (
-            (dpm.Normal(np, mean, variance), dpm.Normal(np, other, variance), True),
-            (dpm.Bernoulli(np, one, 1 - one), dpm.Bernoulli(np, other_one, 1 - other_one), False)):
-        a, b = (x, x_2) if normal else (x > 0, x_2 > 0)
-        tilted, _ = p.tilted(1.7 * p.slope_against(weak))
-        found, expected = (d(a) - d(b) for d in (
-            tilted.log_density, lambda x: 2.7 * p.log_density(x) - 1.7 * weak.log_density(x)))
-        close(found, expected)
-    sure, log_Z = dpm.Bernoulli(np, one, 1 - one).tilted(np.full(one.shape, 800.0))
-    close(sure.one, 1.0)
-    close(log_Z, (800 + np.log(one)).sum(1))
+    """Numbers: p^(1 + w) / p_weak^w, normalised, p_weak with the variance of p, so that their logs
+    differ by the same constant at every x. Bits: the same of what z says of x_0."""
+    for make, eta in ((gaussian, 1.0), (gaussian, 0.6), (binomial, 1.0)):
+        q = make()
+        model, weak = (small_model(q, stir=stir) for stir in (0.2, 0.15))
+        contrast, t = dpm.Contrast(weak, 1.7), np.full(5, 6)
+        x, a, b = data_for(q, 15, 3, 82).reshape(3, 5, 3)
+        if make is gaussian:
+            p, p_weak, found = (m.p_back(x, 6, eta, c) for m, c in (
+                (model, None), (weak, None), (model, contrast)))
+            close(found.variance, p.variance)
+            p_weak.variance = p.variance
+        else:
+            zs = model.forward(x, t), weak.forward(x, t), contrast.forward(model, x, t)
+            p, p_weak, found = (q.p_x0(x, t, z) for z in zs)
+            close(model.p_back(x, 6, 1.0, contrast).one, q.p_back(x, t, zs[2]).one)
+        ratio = lambda d: d.log_density(a) - d.log_density(b)
+        close(ratio(found), 2.7 * ratio(p) - 1.7 * ratio(p_weak))
+        assert abs(ratio(p) - ratio(p_weak)).max() > 1e-3
 
 
 def chain_variance(model, mean, again=0):
@@ -2140,6 +2149,9 @@ def test_repeats_follow_their_recursion():
     x = posterior.sample(20_000, 4, batch=20_000)
     assert x.var() == approx(variance, rel=0.02) and abs(x.mean()) < 0.01
     close(posterior.sample(2, 4, first=7), x[7:9])
+    close(model.sample(2, 4, first=7, repeats=3), x[7:9])
+    with refused("1 or more"):
+        model.sample(2, repeats=0)
 
 
 def test_a_contrast_follows_its_recursion():
@@ -2157,13 +2169,11 @@ def test_a_contrast_follows_its_recursion():
     begins = np.flatnonzero(model.diffusion.level <= 4).max()  # the first step that decides
     assert all((sharp[t] != plain[t]).all() == (t < begins) for t in range(1, 51))
     close(model.sample(9, 4, contrast=dpm.Contrast(model, w)), model.sample(9, 4))
-    with refused("omit eta"):
-        model.sample(2, eta=0.5, contrast=dpm.Contrast(weak, w))
     pictures, small = (small_model(shape=(side, 5, 1), network="unet") for side in (6, 4))
     small.theta *= 0.9  # a U-Net of another size is one of this size
     x = rng(83).standard_normal((2, 30))
     p, p_small = (m.p_back(x, 5) for m in (pictures, small.resized(6, 5)))
-    close(dpm.Contrast(small, w).sharpened(pictures, p, x, 5).mean,
+    close(pictures.p_back(x, 5, contrast=dpm.Contrast(small, w)).mean,
           p.mean + w * (p.mean - p_small.mean))
 
 
@@ -2682,12 +2692,12 @@ def test_gpu_agrees_with_cpu(where, network, shape, q, options, tmp_path, monkey
     rise = dpm.Function(lambda x: 0.1 * x.sum(1), lambda x: 0 * x + 0.1)
     for schedule, particles in (("predicted", 1), ("predicted", 3), ("annealed", 3)):
         same(lambda model: dpm.Posterior(
-            model, [dpm.Observation(model.xp.asarray(x0), known, model.xp), rise], schedule,
-            particles).sample(9, 1, steps=5))
-    same(lambda model: dpm.Posterior(model, dpm.Observation(x0, known, model.xp), repeats=2).sample(
-        9, 1, steps=5))
+            model.shortened(5), [dpm.Observation(model.xp.asarray(x0), known, model.xp), rise], schedule,
+            particles).sample(9, 1))
+    same(lambda model: dpm.Posterior(
+        model.shortened(5), dpm.Observation(x0, known, model.xp), repeats=2).sample(9, 1))
     weak = lambda xp: dpm.Contrast(dpm.load(tmp_path / "w.npz", xp), 1)
-    same(lambda model: model.sample(9, 1, steps=5, contrast=weak(model.xp)))
+    same(lambda model: model.shortened(5).sample(9, 1, contrast=weak(model.xp)))
     draws = lambda a, *key: Draws(np.random.PCG64(len(key)), a.asarray)  # the host's, on both
     every_t = lambda n, share, u: np.flatnonzero(share)[np.arange(n) % np.count_nonzero(share)]
     monkeypatch.setattr(dpm, "generator", draws)
@@ -3402,12 +3412,11 @@ def test_which_run_is_meant(tmp_path, monkeypatch):
 
 
 def test_how_the_shipped_digits_are_sharpened():
-    """By the weak model beside them; but only free samples with the model's own noise."""
+    """By the weak model beside them; but only free samples."""
     model, weak = dpm.load(sampling.SHIPPED), dpm.load(HERE / "data" / "mnist" / "weak.npz")
-    usual = dict(weak=None, sharpen=None, mode="samples", eta=1.0)
-    for change, w in [({}, 2), (dict(sharpen=0.5), 0.5), (dict(sharpen=0.0), None),
-                      (dict(mode="inpaint"), None), (dict(mode="denoise"), None),
-                      (dict(eta=0.5), None)]:
+    usual = dict(weak=None, sharpen=None, mode="samples")
+    for change, w in [({}, 1), (dict(sharpen=0.5), 0.5), (dict(sharpen=0.0), None),
+                      (dict(mode="inpaint"), None), (dict(mode="denoise"), None)]:
         flags = types.SimpleNamespace(**usual | change)
         found = sampling.contrast(model, flags, sampling.SHIPPED)
         assert (found and found.w) == w
@@ -3696,13 +3705,12 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path, monkeypatch):
             ("--sharpen must", *known, "--sharpen", "nan"),
             ("are for free samples", *known, "--denoise", 1, "--weak", digits),
             ("are for free samples", *known, "--inpaint", "--sharpen", 1),
-            ("without --eta", *known, "--weak", digits, "--eta", 0),
             ("of other data", *known, "--weak", roll), ("of another pi", "--checkpoint",
              place.runs / "heartbeat", "--weak", "pi.npz"), ("itself", *known, "--weak", digits),
             ("no such", *known, "--weak", "nowhere"),
             ("predicts eps; give one with v", *known, "--weak", "eps.npz"),
-            ("--repeats goes", *known, "--repeats", 2), ("--repeats must", *known, "--repeats", 0),
-            ("without --particles", *known, "--inpaint", "--repeats", 2, "--particles", 2),
+            ("--repeats goes", *known, "--repeats", 2, "--denoise", 1), ("--repeats must", *known, "--repeats", 0),
+            ("with --particles", *known, "--inpaint", "--repeats", 2, "--particles", 2),
             ("--hole goes with", *known, "--hole", 3), ("go with", *known, "--particles", 4),
             ("8 x 8 pixels", *known, "--inpaint", "center", "--hole", 8),
             ("40 test examples", *known, "--inpaint", "--number", 41),

@@ -205,8 +205,8 @@ def parzen_estimate(model, dataset):
     """The paper's Table 2 for MNIST: the log density, in bits of pixels in [0, 1], of the test
     images under Gaussians around 10,000 samples. Their width is the best of ten for the last 1,000
     training images."""
-    samples = model.sample(10_000, 1, runs.fewer_steps(model, 100),
-                           progress=runs.progress("Parzen samples"))
+    short = model.shortened(runs.fewer_steps(model, 100))
+    samples = short.sample(10_000, 1, progress=runs.progress("Parzen samples"))
     centres, by_width = figures.to_bytes(model, samples).reshape(len(samples), -1) / 255, {}
     for sigma in runs.bar(np.logspace(-1, 0, 10), "Parzen widths", leave=False):
         mixture = data.Mixture(centres, sigma)
@@ -230,8 +230,8 @@ def draw(model, dataset, found, curves, entropies, result, out):
     if model.learned:
         figures.schedule(model, out / "schedule.png")
     if model.shape[:2] != (1, 1):
-        samples = model.sample(64, model.about["seed"], runs.fewer_steps(model, IMAGE_STEPS),
-                               progress=runs.progress("samples"))
+        short = model.shortened(runs.fewer_steps(model, IMAGE_STEPS))
+        samples = short.sample(64, model.about["seed"], progress=runs.progress("samples"))
         figures.save_picture(figures.sheet(model, samples), out / "samples.png")
         if dataset.bytes:
             table = figures.rate_distortion(found, D, model.scale, out / "rate.png")

@@ -9,18 +9,14 @@ from data import evaluation, figures, runs
 
 SHIPPED = pathlib.Path(__file__).parent / "mnist" / "model.npz"
 WEAK = SHIPPED.with_name("weak.npz")                # the --weak of SHIPPED
-SHARPEN = 2                     # --sharpen where there is a weak model: see dpm.Contrast
-REPEATS = 5                     # --repeats of completed images: see dpm.Posterior
-STEPS = 70                      # of T, for posteriors of images; half of them with repeats
+SHARPEN = 1                     # --sharpen where there is a weak model: see dpm.Contrast
+ETA = 0.5                       # --eta of sharpened samples, which vary more for it
+REPEATS = dict(inpaint=5, samples=3)    # --repeats of completed images, and of sharpened ones
+STEPS = 70                      # of T, for posteriors of images; with repeats half as many
 PART = 4096                     # free samples are drawn and written so many at a time, at most
 SHOWN = 1024                    # images or sequences in a picture, at most
 MOVED = dict(images=64, sequences=64, points=2000)  # in a GIF or a strip, at most
 PIXEL = 10_000                  # bytes that a network takes for a pixel, about
-
-
-def can_sharpen(args):
-    """What is given makes posterior samples clear; less noise does not go with a Contrast."""
-    return args.mode == "samples" and args.eta == 1
 
 
 def check_room(model, args, chains, path):
@@ -53,7 +49,7 @@ def contrast(model, args, checkpoint):
         path = WEAK
     if args.sharpen and path is None:
         raise dpm.InputError("--sharpen needs a worse model of the same data: --weak PATH")
-    if path is None or not can_sharpen(args) or (args.weak is None and not w):
+    if path is None or args.mode != "samples" or (args.weak is None and not w):
         return None
     weak = runs.load(path := runs.checkpoint_in(path), model.xp, model.comm)
     if os.path.samefile(path, checkpoint):
@@ -66,19 +62,18 @@ def contrast(model, args, checkpoint):
     return dpm.Contrast(weak, w) if w else None
 
 
-def repeats_of(args, kind):
-    several = args.mode == "inpaint" and kind == "images" and args.particles == 1
-    return args.repeats or (REPEATS if several else 1)
-
-
-def shortened(model, args):
-    """The model with the steps that the flags ask for, or with as many as nobody sees a difference
-    from; of points, of sequences and of the paper's kernel all T."""
-    kind, S = figures.kind_of(model), args.steps
-    if S is None and kind == "images":
-        S = runs.fewer_steps(model, evaluation.IMAGE_STEPS if args.mode == "samples"
-                             else STEPS // 2 if repeats_of(args, kind) > 1 else STEPS)
-    return model.shortened(S)
+def settle(model, args, sharpen):
+    """Sets args.eta, args.repeats and args.steps where no flag does. Steps are as many as nobody
+    sees a difference from; of points, of sequences and of the paper's kernel all T."""
+    images, free = figures.kind_of(model) == "images", args.mode == "samples"
+    if args.eta is None:
+        args.eta = ETA if sharpen and not model.about["binary"] else 1.0
+    if args.repeats is None:
+        several = sharpen if free else args.mode == "inpaint" and args.particles == 1
+        args.repeats = REPEATS[args.mode] if images and several else 1
+    if args.steps is None and images:
+        most = evaluation.IMAGE_STEPS if free else STEPS
+        args.steps = runs.fewer_steps(model, STEPS // 2 if args.repeats > 1 else most)
 
 
 def sampler(model, args, r, x_T, sharpen):
@@ -87,10 +82,10 @@ def sampler(model, args, r, x_T, sharpen):
     options = dict(seed=args.seed, progress=lambda ticks: runs.bar(ticks, "reverse steps"))
     if r is None:
         return lambda n, **more: model.sample(
-            n, eta=args.eta, x_T=None if x_T is None else x_T[:n], contrast=sharpen, **options,
-            **more)
+            n, eta=args.eta, x_T=None if x_T is None else x_T[:n], contrast=sharpen,
+            repeats=args.repeats, **options, **more)
     posterior = dpm.Posterior(model, r, args.r_schedule or "predicted", args.particles,
-                              repeats_of(args, figures.kind_of(model)))
+                              args.repeats)
     return lambda n, **more: posterior.rows(slice(n)).sample(n, **options, **more)
 
 
