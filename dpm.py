@@ -316,12 +316,13 @@ class Diffusion:
         return (x * h[1] + (1 - x) * h[0]).sum(1)
 
     def H_q(self, t, x0):
-        """Entropy of q(x_t | x_0), t an integer >= 1; of numbers D/2 ln(2 pi e (1 - alpha_bar_t)).
-        Like the next, linear in x_0: the mean of the data serves for the data."""
+        """Entropy of q(x_t | x_0), nats (n,), t an integer >= 1; of numbers it is D/2 ln(2 pi e (1
+        - alpha_bar_t)). It is linear in x_0: the mean of the data serves for the data."""
         return self._H(self.q_jump, t, x0)
 
     def H_step(self, t, x0):
-        """Of q(x_t | x_{t-1}), in the mean over x_{t-1}; of numbers D/2 ln(2 pi e beta_t)."""
+        """Entropy of q(x_t | x_{t-1}), in the mean over x_{t-1} given x_0, likewise; of numbers it
+        is D/2 ln(2 pi e beta_t)."""
         return self._H(self.q_step, t, self.q_jump(x0, self.xp.full(len(x0), t - 1)).mean)
 
     def log_pi(self, x):
@@ -1641,16 +1642,17 @@ class DPM:
         x_T       (number, D) to start from, where they are not drawn from pi
         contrast  a Contrast, for clearer samples
         repeats   make each step which `decides` so many times; before each but the first, q_step
-                  leads from x_{t-1} up to another x_t. With exact steps this is Gibbs sampling of
-                  (x_{t-1}, x_t), and x_t forgets what earlier steps did wrong (as in Lugmayr et
-                  al. 2022, arXiv 2201.09865)
+                  leads from x_{t-1} up to another x_t. With exact steps, and eta = 1, this is Gibbs
+                  sampling of (x_{t-1}, x_t), and x_t forgets what earlier steps did wrong (as in
+                  Lugmayr et al. 2022, arXiv 2201.09865)
 
         Sample k has its own noise, from (seed, k): up to rounding it is the same on every device
-        and for every size of `batch`. InputError for an eta outside of its limits, or fewer than
-        one repeat."""
-        if not 0 <= eta <= 1 or repeats < 1:
-            raise InputError("eta lies between 0 (no noise) and 1 (the model's), and repeats are 1 "
-                             f"or more: not {eta} and {repeats}")
+        and for every size of `batch`. InputError for an eta outside of its limits, fewer than one
+        repeat, or several where x_T is given, which they would forget."""
+        if not 0 <= eta <= 1:
+            raise InputError(f"eta lies between 0 (no noise) and 1 (the model's), not {eta}")
+        if not 1 <= repeats <= (1 if x_T is not None else math.inf):
+            raise InputError(f"repeats must be 1 or more, and 1 where x_T is given, not {repeats}")
         xp, q = self.xp, self.diffusion
 
         def draw_batch(rngs, rows, tick):
@@ -1703,18 +1705,17 @@ def decides(q, t):
 class Contrast:
     """For clearer samples: away from what a worse model says (autoguidance, Karras et al. 2024,
     arXiv 2406.02507). weak: a DPM of the same data with fewer weights and less training, which
-    makes the errors of the model, only larger. At steps that `decide`, v becomes
+    makes the errors of the model, only larger. v, or of bits the log odds z, becomes
 
         v + w (v - v_weak)
 
-    so that a step p becomes p^(1 + w) / p_weak^w, normalised, p_weak with the variance of p; of
-    bits, the log odds of x_0 become that. The samples vary less; of which distribution they are,
-    nobody knows; above w = 3 some go astray. (Samples of a posterior it does not make clearer.)
-    InputError unless w is finite and 0 or more."""
+    Of numbers, a step p becomes p^(1 + w) / p_weak^w, normalised, p_weak with the variance of p.
+    DPM.sample does so at steps that `decide`. The samples vary less; of which distribution they
+    are, nobody knows. InputError unless w is finite and 0 or more."""
 
     def __init__(self, weak, w):
         if not 0 <= w < math.inf:
-            raise InputError(f"the power w of a contrast is finite, and 0 or more, not {w}")
+            raise InputError(f"the w of a contrast is finite, and 0 or more, not {w}")
         self.weak, self.w = weak, w
 
     def forward(self, model, x, t):
@@ -1974,8 +1975,8 @@ class Posterior:
     so many chains, which are drawn anew where their weights become uneven: exact in the limit of
     many, if no r_t excludes what r allows (constant and annealed do, for a known value).
 
-    repeats: see DPM.sample. InputError for another schedule, fewer than one particle or repeat, an r of another type, or
-    particles together with repeats."""
+    repeats: see DPM.sample. InputError for another schedule, fewer than one particle or repeat, an
+    r of another type, or particles together with repeats."""
 
     def __init__(self, model, r, r_schedule="predicted", particles=1, repeats=1):
         if r_schedule not in R_SCHEDULES:

@@ -43,18 +43,19 @@ def arguments():
     g.add_argument("--seed", metavar="N", type=int, default=0,
                    help="sample k depends on this and on k alone (0)")
     g.add_argument("--steps", metavar="S", type=int, help="use this many of the T steps "
-                   f"(images: {evaluation.IMAGE_STEPS}; with repeats {sampling.STEPS // 2}; "
-                   f"--inpaint without them {sampling.STEPS}; --denoise {sampling.STEPS}, less "
-                   "those above its noise; else, and of the paper's kernel, all)")
+                   f"(images: {evaluation.IMAGE_STEPS}; with --repeats, as sharpened samples have, "
+                   f"{sampling.STEPS // 2}; --inpaint without them {sampling.STEPS}; --denoise "
+                   f"{sampling.STEPS}, less those above its noise; else, and of the paper's "
+                   "kernel, all)")
     g.add_argument("--eta", metavar="X", type=float, help="noise of the steps: 1 the model's, 0 "
-                   f"none, which is DDIM (1; sharpened {sampling.ETA})")
+                   f"none, which is DDIM (1; of sharpened numbers {sampling.ETA})")
     g.add_argument("--repeats", metavar="N", type=int, help="make each step that decides what a "
                    f"sample will be N times (images: --inpaint {sampling.REPEATS['inpaint']}, "
                    f"sharpened {sampling.REPEATS['samples']}; else 1)")
     g.add_argument("--weak", metavar="PATH", help="a worse model of the same data: samples keep "
                    "away from its errors (for the shipped digits data/mnist/weak.npz)")
     g.add_argument("--sharpen", metavar="W", type=float,
-                   help=f"the power w of dpm.Contrast; 0: samples of p itself ({sampling.SHARPEN})")
+                   help=f"how far away, w of dpm.Contrast; 0: samples of p ({sampling.SHARPEN})")
     g = p.add_argument_group("posterior samples, from p(x) r(x)")
     one = g.add_mutually_exclusive_group()
     one.add_argument("--inpaint", metavar="PART", nargs="?", const="left",
@@ -100,7 +101,7 @@ def check(args):
         raise dpm.InputError("--hole goes with --inpaint center")
     if args.mode == "samples" and (args.input or args.particles > 1 or args.r_schedule):
         raise dpm.InputError("--input, --particles and --r-schedule go with --inpaint or --denoise")
-    if args.repeats and (args.mode == "denoise" or args.particles > 1):
+    if args.repeats not in (None, 1) and (args.mode == "denoise" or args.particles > 1):
         raise dpm.InputError("--repeats goes neither with --denoise nor with --particles")
     if args.sharpen is not None and not 0 <= args.sharpen < math.inf:
         raise dpm.InputError(f"--sharpen must be finite, and 0 or more, not {args.sharpen}")
@@ -164,10 +165,12 @@ def main():
         arrays = {name: model.raw(x[:, 0]) for name, x in sets.items()}
         arrays |= {} if unknown is None else dict(unknown=unknown)
 
+    how = [f"sharpened by {sharpen.w:g}"] if sharpen else []
+    how += [f"eta {args.eta:g}"] * (args.eta != 1)
+    how += [f"{args.repeats} repeats"] * (args.repeats > 1)
     say(f"{checkpoint} on {runs.device_name(model.xp)}: {number} "
         f"{kind if number > 1 else kind[:-1]} of {data.printable(model.about['dataset'])}, "
-        f"{model.T} of T = {whole.T} steps"
-        f"{f', sharpened by {sharpen.w:g}' if sharpen else ''}", flush=True)
+        + ", ".join([f"{model.T} of T = {whole.T} steps", *how]), flush=True)
 
     for path in paths.values() if model.comm.rank == 0 else ():
         runs.writable(path)                         # an error now, and not at the end

@@ -55,7 +55,7 @@ MAP = [  # equation, what it says, where it is in dpm.py, which tests hold it
      "log_weights",
      "test_log_likelihood_of_linear_kernels test_K_by_enumeration"),
     ("SD 10-14, 37-51", "the log likelihood and the bound K; DDPM 3, 5",
-     "DPM.bound Gaussian.kl Binomial.kl Gaussian.H_q Diffusion.H_p Diffusion.kl_to_pi",
+     "DPM.bound Gaussian.kl Binomial.kl Diffusion.H_q Diffusion.H_p Diffusion.kl_to_pi",
      "test_kl_is_the_integral test_K_star_of_gaussian_data test_K_by_enumeration test_entropies "
      "test_at_initialisation_K_is_L_null test_parts_sum_to_K test_swissroll_K_star"),
     ("SD 15", "training: the gradient of K", "DPM.gradient stratified Optimiser.momentum DPM.step",
@@ -2125,13 +2125,13 @@ def test_a_contrast_is_a_ratio_of_kernels():
         assert abs(ratio(p) - ratio(p_weak)).max() > 1e-3
 
 
-def chain_variance(model, mean, again=0):
+def chain_variance(model, mean, again=0, eta=1.0):
     """Of the chain of Gaussian data, where a step has the mean mean(p, t, decides) x_t: it goes
     back step by step, and at those that decide `again` times up by q_step and back; and how often
     it went up."""
     q, variance, extra, one = model.diffusion, 1.0, 0, np.ones((1, 2))
     for t in range(model.T, 0, -1):
-        p, decides = model.p_back(one, t), -2 <= q.level[t] <= 4
+        p, decides = model.p_back(one, t, eta), -2 <= q.level[t] <= 4
         slope = mean(p, t, decides)[0, 0]
         step = lambda v: slope ** 2 * v + np.broadcast_to(p.variance, (1, 2))[0, 0]
         variance = step(variance)
@@ -2150,29 +2150,36 @@ def test_repeats_follow_their_recursion():
     assert x.var() == approx(variance, rel=0.02) and abs(x.mean()) < 0.01
     close(posterior.sample(2, 4, first=7), x[7:9])
     close(model.sample(2, 4, first=7, repeats=3), x[7:9])
-    with refused("1 or more"):
-        model.sample(2, repeats=0)
+    for x_T, repeats in ((None, 0), (np.ones((2, 2)), 3)):
+        with refused("repeats must be 1"):
+            model.sample(2, repeats=repeats, x_T=x_T)
 
 
-def test_a_contrast_follows_its_recursion():
+@pytest.mark.parametrize("eta, again", [(1.0, 0), (0.5, 2)])
+def test_a_contrast_follows_its_recursion(eta, again):
     """Kernels of Gaussian data are linear in x_t, and so is their contrast at the steps that decide
-    what x_0 will be. Of a model and itself there is none."""
-    (model, weak), w, one = (gaussian_model(v, D=2) for v in (0.5, 1.5)), 1.5, np.ones((1, 2))
-    variance, _ = chain_variance(model, lambda p, t, decides: (
-        p.mean + decides * w * (p.mean - weak.p_back(one, t).mean)))
-    assert variance < 0.3 and model.diffusion.level[50] > 4
-    x = model.sample(20_000, 4, batch=20_000, contrast=dpm.Contrast(weak, w))
+    what x_0 will be. Of a model and itself there is none. The worse one may have more steps."""
+    (model, weak), w, one = (gaussian_model(v, D=2) for v in (0.5, 1.5)), 1.0, np.ones((1, 2))
+    model, contrast = model.shortened(20), dpm.Contrast(weak, w)
+    T, level, weak = 20, model.diffusion.level, weak.shortened(20)
+    variance, extra = chain_variance(model, lambda p, t, decides: (
+        p.mean + decides * w * (p.mean - weak.p_back(one, t, eta).mean)), again, eta)
+    assert 0.1 < variance < 0.4 and level[T] > 4 and extra >= 3 * again
+    sample = lambda n, *seed, **more: model.sample(
+        n, *seed, **dict(eta=eta, repeats=1 + again, contrast=contrast) | more)
+    x = sample(20_000, 4, batch=20_000)
     assert x.var() == approx(variance, rel=0.02) and abs(x.mean()) < 0.01
-    close(model.sample(2, 4, first=7, contrast=dpm.Contrast(weak, w)), x[7:9])
-    plain, sharp = (model.sample(2, keep=range(1, 51), contrast=c)[1]
-                    for c in (None, dpm.Contrast(weak, w)))
-    begins = np.flatnonzero(model.diffusion.level <= 4).max()  # the first step that decides
-    assert all((sharp[t] != plain[t]).all() == (t < begins) for t in range(1, 51))
-    close(model.sample(9, 4, contrast=dpm.Contrast(model, w)), model.sample(9, 4))
-    pictures, small = (small_model(shape=(side, 5, 1), network="unet") for side in (6, 4))
+    close(sample(2, 4, first=7), x[7:9])
+    plain, sharp = (sample(2, keep=range(1, T + 1), contrast=c)[1] for c in (None, contrast))
+    begins = np.flatnonzero(level <= 4).max()  # the first step that decides
+    assert all((sharp[t] != plain[t]).all() == (t < begins) for t in range(1, T + 1))
+    close(sample(9, 4, contrast=dpm.Contrast(model, w)), sample(9, 4, contrast=None))
+    pictures, small = (small_model(gaussian(T), (side, 5, 1), "unet") for T, side in (
+        (12, 6), (20, 4)))
     small.theta *= 0.9  # a U-Net of another size is one of this size
     x = rng(83).standard_normal((2, 30))
-    p, p_small = (m.p_back(x, 5) for m in (pictures, small.resized(6, 5)))
+    p, p_small = (m.with_diffusion(pictures.diffusion).resized(6, 5).p_back(x, 5)
+                  for m in (pictures, small))
     close(pictures.p_back(x, 5, contrast=dpm.Contrast(small, w)).mean,
           p.mean + w * (p.mean - p_small.mean))
 
@@ -2692,8 +2699,8 @@ def test_gpu_agrees_with_cpu(where, network, shape, q, options, tmp_path, monkey
     rise = dpm.Function(lambda x: 0.1 * x.sum(1), lambda x: 0 * x + 0.1)
     for schedule, particles in (("predicted", 1), ("predicted", 3), ("annealed", 3)):
         same(lambda model: dpm.Posterior(
-            model.shortened(5), [dpm.Observation(model.xp.asarray(x0), known, model.xp), rise], schedule,
-            particles).sample(9, 1))
+            model.shortened(5), [dpm.Observation(model.xp.asarray(x0), known, model.xp), rise],
+            schedule, particles).sample(9, 1))
     same(lambda model: dpm.Posterior(
         model.shortened(5), dpm.Observation(x0, known, model.xp), repeats=2).sample(9, 1))
     weak = lambda xp: dpm.Contrast(dpm.load(tmp_path / "w.npz", xp), 1)
@@ -3384,6 +3391,13 @@ def test_free_samples(place):
     for w, equal in ((0, True), (0.5, False)):
         sharp = drawn(place, "--number", 3, "--weak", "runs/weak", "--sharpen", w)
         assert (sharp.samples == a.samples).all() == equal == ("sharpened" not in sharp.said)
+    contrast = dpm.Contrast(dpm.load(place.runs / "weak" / "checkpoint.npz"), 0.5)
+    again = drawn(place, "--number", 3, "--repeats", 2)
+    assert "8 of T = 8 steps, 2 repeats\n" in again.said
+    assert "8 of T = 8 steps, sharpened by 0.5, eta 0.5, 3 repeats\n" in sharp.said
+    for found, options in ((again, dict(repeats=2)),
+                           (sharp, dict(eta=0.5, repeats=3, contrast=contrast))):
+        close(found.samples, model.raw(model.sample(3, **options)), 1e-4)
     assert drawn(place, "--number", 50, run="roll").samples.shape == (50, 2)
     assert drawn(place, run="roll").samples.shape == (2000, 2)      # as many as --help says
     newest = done("sample", "--number", 1, "--out", "b", cwd=place.path).out
@@ -3709,7 +3723,8 @@ def test_bad_input_gets_one_line_and_status_2(place, tmp_path, monkeypatch):
              place.runs / "heartbeat", "--weak", "pi.npz"), ("itself", *known, "--weak", digits),
             ("no such", *known, "--weak", "nowhere"),
             ("predicts eps; give one with v", *known, "--weak", "eps.npz"),
-            ("--repeats goes", *known, "--repeats", 2, "--denoise", 1), ("--repeats must", *known, "--repeats", 0),
+            ("--repeats goes", *known, "--repeats", 2, "--denoise", 1),
+            ("--repeats must", *known, "--repeats", 0),
             ("with --particles", *known, "--inpaint", "--repeats", 2, "--particles", 2),
             ("--hole goes with", *known, "--hole", 3), ("go with", *known, "--particles", 4),
             ("8 x 8 pixels", *known, "--inpaint", "center", "--hole", 8),
