@@ -13,7 +13,7 @@ Run backwards, a small enough step is again a Gaussian. A network that learns it
 makes a generative model: draw x_T from pi = N(0, I), then step t = T..2; the last, to x_0, is fixed
 (eq. 44). For data of zeros and ones a step forgets bits instead. The log likelihood of the model
 has a lower bound K, a sum of entropies and of KL divergences, each in closed form (eq. 14). K is
-what is trained and what is reported.
+what is reported, and its terms are what is trained.
 
     1  the diffusions           schedule, Normal, Bernoulli, Gaussian, Binomial
     2  the network language     Tape, layers, readouts, the networks mlp, unet, paper, Optimiser
@@ -1633,7 +1633,7 @@ class DPM:
     def sample(self, number, seed=0, eta=1.0, batch=None, keep=(), progress=iter, first=0,
                x_T=None, contrast=None, repeats=1):
         """Samples (number, D) of p(x_0): x_T ~ pi, then x_{t-1} ~ p(x_{t-1} | x_t) for t = T..1
-        (eqs. 4, 5 and 44). They are true draws, not means.
+        (eqs. 4, 5 and 44). By default they are true draws, not means.
 
         eta       from 0, no noise, to 1, the model's, see Gaussian.p_back
         batch     chains at a time; None: as many as have 2^16 numbers, on a GPU 2^20
@@ -1646,9 +1646,9 @@ class DPM:
                   sampling of (x_{t-1}, x_t), and x_t forgets what earlier steps did wrong (as in
                   Lugmayr et al. 2022, arXiv 2201.09865)
 
-        Sample k has its own noise, from (seed, k): up to rounding it is the same on every device
-        and for every size of `batch`. InputError for an eta outside of its limits, fewer than one
-        repeat, or several where x_T is given, which they would forget."""
+        Sample k has its own noise, from (seed, k): it is the same on every device and for every
+        size of `batch`, up to rounding, which a chain may enlarge. InputError unless 0 <= eta <= 1
+        and repeats >= 1, or for more repeats where x_T is given: they would forget it."""
         if not 0 <= eta <= 1:
             raise InputError(f"eta lies between 0 (no noise) and 1 (the model's), not {eta}")
         if not 1 <= repeats <= (1 if x_T is not None else math.inf):
@@ -1697,8 +1697,8 @@ class DPM:
 
 
 def decides(q, t):
-    """Whether step t decides what x_0 will be: at higher levels x_t says little of x_0, at lower
-    ones only details are left open."""
+    """Whether step t decides what x_0, an image, will be: where noise is far above the signal
+    (level > 4), x_t says little of x_0, and where it is far below, only details are left open."""
     return -2 <= float(q.level[t]) <= 4
 
 

@@ -41,14 +41,14 @@ def arguments():
                    f"{', '.join(f'{kind} {n}' for kind, n in NUMBER.items())}), or test examples "
                    f"({observations.GIVEN})")
     g.add_argument("--seed", metavar="N", type=int, default=0,
-                   help="sample k depends on this and on k alone (0)")
+                   help="sample k depends on this and on k, up to rounding, which may grow (0)")
     g.add_argument("--steps", metavar="S", type=int, help="use this many of the T steps "
-                   f"(images: {evaluation.IMAGE_STEPS}; with --repeats, as sharpened samples have, "
-                   f"{sampling.STEPS // 2}; --inpaint without them {sampling.STEPS}; --denoise "
-                   f"{sampling.STEPS}, less those above its noise; else, and of the paper's "
-                   "kernel, all)")
+                   f"(images: {evaluation.IMAGE_STEPS}; with repeats {sampling.STEPS // 2}; "
+                   f"--inpaint with one repeat {sampling.STEPS}; --denoise {sampling.STEPS}, fewer "
+                   "for less noise; points, sequences, and the paper's kernel: all)")
     g.add_argument("--eta", metavar="X", type=float, help="noise of the steps: 1 the model's, 0 "
-                   f"none, which is DDIM (1; of sharpened numbers {sampling.ETA})")
+                   "none, which with --sharpen 0 is DDIM (1; sharpened, but for bits, "
+                   f"{sampling.ETA})")
     g.add_argument("--repeats", metavar="N", type=int, help="make each step that decides what a "
                    f"sample will be N times (images: --inpaint {sampling.REPEATS['inpaint']}, "
                    f"sharpened {sampling.REPEATS['samples']}; else 1)")
@@ -62,7 +62,7 @@ def arguments():
                      help=f"draw what is missing: {', '.join(observations.PARTS)}; a fraction of "
                      "the pixels; or a mask, a picture that is white there (left)")
     one.add_argument("--denoise", metavar="SIGMA", type=float, help="draw what is under noise of "
-                     "this standard deviation; that of numbers is 1")
+                     "this standard deviation (that of numbers, but for bits, is 1)")
     g.add_argument("--hole", metavar="N", type=int,
                    help="--inpaint center: a hole of N x N pixels")
     g.add_argument("--input", metavar="FILE", nargs="+",
