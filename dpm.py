@@ -1661,10 +1661,11 @@ class DPM:
             for t in range(self.T, 0, -1):
                 if t in keep:
                     kept[t] = x
-                for repeat in range(repeats if decides(q, t) else 1):
+                decisive = decides(q, t)
+                for repeat in range(repeats if decisive else 1):
                     if repeat:
                         x = q.q_step(x, xp.full(n, t)).draw(self.noise(rngs))
-                    p = self.p_back(x, t, eta, contrast if decides(q, t) else None)
+                    p = self.p_back(x, t, eta, contrast if decisive else None)
                     x = p.draw(self.noise(rngs))
                 tick()
             return kept | {0: x}

@@ -62,7 +62,7 @@ def arguments():
                      help=f"draw what is missing: {', '.join(observations.PARTS)}; a fraction of "
                      "the pixels; or a mask, a picture that is white there (left)")
     one.add_argument("--denoise", metavar="SIGMA", type=float, help="draw what is under noise of "
-                     "this standard deviation (that of numbers, but for bits, is 1)")
+                     "this standard deviation (the data's is 1, but for bits)")
     g.add_argument("--hole", metavar="N", type=int,
                    help="--inpaint center: a hole of N x N pixels")
     g.add_argument("--input", metavar="FILE", nargs="+",
