@@ -384,6 +384,8 @@ class Gaussian(Diffusion):
             self.c = (self.before - self.alpha_bar) / (1 - self.before)  # beta_t / beta~_t - 1
             self.from_x0 = xp.sqrt(self.before) * self.beta / (1 - self.alpha_bar)
             self.from_xt = xp.sqrt(1 - self.beta) * (1 - self.before) / (1 - self.alpha_bar)
+        self.fixed_u = xp.full(self.T + 1, float(variance == "beta"))
+        self.fixed_u[1] = self.beta_tilde[2] / self.beta[1]
 
     @staticmethod
     def _at(t, *tables):
@@ -412,10 +414,7 @@ class Gaussian(Diffusion):
     def _v_u(self, t, z):
         """v and u (n, D), u as `variance` says; at t = 1 a fixed variance is beta~_2 (DDPM)."""
         v, u = z[..., 0].astype(np.float64), z[..., 1].astype(np.float64)
-        if self.variance != "learned":
-            u_1 = float(self.beta_tilde[2] / self.beta[1])
-            u = self.xp.where(t[:, None] > 1, float(self.variance == "beta"), u_1) + 0 * v
-        return v, u
+        return v, u if self._learned else 0 * u + self._at(t, self.fixed_u)[0]
 
     def p_x0(self, xt, t, z):
         """N(cos phi x_t - sin phi v, sin^2 phi u); at t = 1 also what the decoder integrates."""
@@ -690,15 +689,17 @@ def flatten(x):
 
 
 def over_pixels(x, xp):
-    """x.sum((1, 2)) of x (n, H, W, C), as a product, which takes a CPU a tenth of the time."""
+    """x.sum((1, 2)) of x (n, H, W, C); on a CPU a product, which takes a tenth of the time."""
+    if xp is not np:
+        return x.sum((1, 2))
     n, H, W, C = x.shape
     return (xp.ones((1, H * W), x.dtype) @ x.reshape(n, H * W, C))[:, 0]
 
 
 def pieces(n, pixels, at_once, xp):
     """n examples of so many pixels each, cut into slices of about `at_once` pixels, which fit the
-    cache of a CPU; for a GPU one slice of all."""
-    size = max(1, at_once // pixels) if xp is np else n
+    cache of a CPU, or of 2^18, which fit the memory of a GPU."""
+    size = max(1, (at_once if xp is np else 1 << 18) // pixels)
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
@@ -1272,7 +1273,7 @@ class Optimiser:
         return self.lr * min(1, self.step / self.warmup) * 0.5 * (1 + math.cos(math.pi * late))
 
     def chunks(self, *arrays):
-        """The arrays cut into parts that fit the cache; whole on a GPU."""
+        """The arrays cut into parts that fit the cache."""
         return ([a[i] for a in arrays] for i in pieces(len(self.theta), 1, 1 << 15, self.xp))
 
     def momentum(self, grad):
@@ -1450,7 +1451,7 @@ class DPM:
     def deal(self, work, n, all_ranks=False):
         """Calls work(tape, share, cuts) in every thread: share is slice(i, n, shares), every
         shares-th of n examples; cuts are slices of the same, each small enough that its forward,
-        loss and backward fit the cache of a CPU."""
+        loss and backward fit the cache of a CPU, or the memory of a GPU."""
         first = self.comm.rank * self.threads if all_ranks else 0
         shares = self.comm.size * self.threads if all_ranks else self.threads
 
@@ -1658,14 +1659,14 @@ class DPM:
         def draw_batch(rngs, rows, tick):
             kept, n = {}, len(rngs)
             x = q.pi((n, self.D)).draw(self.noise(rngs)) if x_T is None else xp.asarray(x_T[rows])
+            decisive = decides(q)
             for t in range(self.T, 0, -1):
                 if t in keep:
                     kept[t] = x
-                decisive = decides(q, t)
-                for repeat in range(repeats if decisive else 1):
+                for repeat in range(repeats if decisive[t] else 1):
                     if repeat:
                         x = q.q_step(x, xp.full(n, t)).draw(self.noise(rngs))
-                    p = self.p_back(x, t, eta, contrast if decisive else None)
+                    p = self.p_back(x, t, eta, contrast if decisive[t] else None)
                     x = p.draw(self.noise(rngs))
                 tick()
             return kept | {0: x}
@@ -1697,10 +1698,11 @@ class DPM:
         return (samples, kept) if len(keep) else samples
 
 
-def decides(q, t):
-    """Whether step t decides what x_0, an image, will be: where noise is far above the signal
-    (level > 4), x_t says little of x_0, and where it is far below, only details are left open."""
-    return -2 <= float(q.level[t]) <= 4
+def decides(q):
+    """Which steps decide what x_0, an image, will be, (T + 1,) on the host: where noise is far
+    above the signal (level > 4), x_t says little of x_0, and where it is far below, only details
+    are left open."""
+    return abs(to_host(q.level) - 1) <= 3
 
 
 class Contrast:
@@ -2100,13 +2102,13 @@ class Posterior:
             log_w[drawn] = 0
             return xp.asarray(rows)
 
-        pi = model.diffusion.pi((n * N, model.D))
+        pi, decisive = model.diffusion.pi((n * N, model.D)), decides(model.diffusion)
         g = 0 * pi.mean if self.r_schedule == "predicted" else None  # which leaves pi as it is
         x, log_p = self._draw(pi, model.T, g, rngs)
         for t in range(model.T, 0, -1):
             if t in keep:
                 past[t] = x
-            for repeat in range(self.repeats if decides(model.diffusion, t) else 1):
+            for repeat in range(self.repeats if decisive[t] else 1):
                 if repeat:  # up to another x_t, and down again
                     x = model.diffusion.q_step(x, xp.full(n, t)).draw(model.noise(rngs))
                 p, log_r, g = self._step(x, t)

@@ -2643,6 +2643,9 @@ class StandIn:
     def Philox4x3210(self, seed):
         return np.random.Philox(np.random.SeedSequence(seed))
 
+    def Device(self):
+        return types.SimpleNamespace(id=0)
+
 
 @pytest.fixture
 def cupy(monkeypatch):
@@ -2668,6 +2671,14 @@ def test_the_stand_in_refuses_what_cupy_refuses(cupy):
     assert dpm.backend(True) is cupy
 
 
+def device_module(where, request):
+    """The stand-in or CuPy, whose tests are skipped where there is no GPU."""
+    xp = request.getfixturevalue("cupy") if where == "stand-in" else dpm.backend()
+    if xp is np:
+        pytest.skip("no GPU here")
+    return xp
+
+
 @pytest.mark.parametrize("where", ["stand-in", "cupy"])
 @pytest.mark.parametrize("network, shape, q, options", [
     ("mlp", (1, 1, 3), gaussian(), dict(learned=True)), ("unet", (4, 4, 1), binomial(), {}),
@@ -2677,9 +2688,7 @@ def test_the_stand_in_refuses_what_cupy_refuses(cupy):
 def test_gpu_agrees_with_cpu(where, network, shape, q, options, tmp_path, monkeypatch, request):
     """The same weights, data and noise on both: bound, entropies, estimates, samples, posterior
     samples with one particle and with several, gradients of every objective, and a step."""
-    xp = request.getfixturevalue("cupy") if where == "stand-in" else dpm.backend()
-    if xp is np:
-        pytest.skip("no GPU here")
+    xp = device_module(where, request)
     cpu = small_model(q, shape, network, stir=0.1, threads=1, **options)
     dpm.save(small_model(q, shape, network, stir=0.15, threads=1, **options), tmp_path / "w.npz")
     dpm.save(cpu, tmp_path / "c.npz", cpu.optimiser())
@@ -2719,26 +2728,23 @@ def test_gpu_agrees_with_cpu(where, network, shape, q, options, tmp_path, monkey
     assert where == "cupy" or xp.used <= IN_CUPY
 
 
+@pytest.mark.parametrize("where", ["stand-in", "cupy"])
 @pytest.mark.parametrize("dataset, flags", [
     ("swissroll", "--schedule learned"), ("heartbeat", "--no-evaluate"), ("digits.npy", ""),
     ("digits.npy", "--network paper --no-evaluate"),
     ("digits.npy", "--decoder discretised --objective simple --variance beta --no-evaluate")])
-def test_training_on_the_stand_in(dataset, flags, cupy, tmp_path, monkeypatch):
-    """train.py --gpu from data to figures: no step of it mixes host and device."""
-    monkeypatch.chdir(tmp_path)
-    np.save("digits.npy", rng(30).integers(0, 256, (40, 6, 6)).astype(np.uint8))
-    words = f"train.py --gpu --dataset {dataset} --steps 4 --timesteps 6 --batch-size 8 {flags}"
-    monkeypatch.setattr(sys, "argv", words.split())
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        train.main()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    run, = pathlib.Path("runs").iterdir()
-    assert (run / "checkpoint.npz").exists() and cupy.used <= IN_CUPY
+def test_the_scripts_on_a_gpu(where, dataset, flags, tmp_path, request):
+    """train.py --gpu from data to figures, and sample.py --gpu from its checkpoint to pictures: no
+    step of it mixes host and device."""
+    xp = device_module(where, request)
+    np.save(tmp_path / "digits.npy", rng(30).integers(0, 256, (40, 6, 6)).astype(np.uint8))
+    done("train", "--gpu", "--dataset", dataset, "--steps", 4, "--timesteps", 6, "--batch-size", 8,
+         "--out", "run", *flags.split(), cwd=tmp_path)
+    for wanted in ("--number 4", "--inpaint --number 2", "--denoise 0.5 --number 2"):
+        done("sample", "--gpu", "--checkpoint", "run", *wanted.split(), cwd=tmp_path)
+    assert where == "cupy" or xp.used <= IN_CUPY
     if "--no-evaluate" not in flags:
-        assert json.loads((run / "result.json").read_text())["device"] == "stand-in"
+        assert result_of(tmp_path / "run")["device"] == runs.device_name(xp)
 
 
 # Looked up in CuPy 14, in cupy, cupy.random, cupy.cuda and cupy.lib.stride_tricks
@@ -2751,8 +2757,10 @@ IN_CUPY = set(
 def test_the_list_of_cupys_names():
     cupy = pytest.importorskip("cupy")
     assert all(hasattr(cupy, name) for name in IN_CUPY)
-    assert hasattr(cupy.lib.stride_tricks, "as_strided")
-    assert hasattr(cupy.random, "Philox4x3210") and hasattr(cupy.random, "Generator")
+    for name in ("lib.stride_tricks.as_strided", "random.Philox4x3210", "random.Generator",
+                 "cuda.Device", "cuda.runtime.getDeviceProperties", "cuda.runtime.getDeviceCount",
+                 "get_default_memory_pool"):
+        assert callable(operator.attrgetter(name)(cupy)), name
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2763,13 +2771,18 @@ scripts = pytest.mark.xdist_group("scripts")  # they share runs: one worker make
 stops = pytest.mark.xdist_group("stops")  # and another makes these
 
 
+def on_the_cpu(arguments):
+    """Words for a script. Its numbers are compared with those of NumPy here, GPU or not."""
+    return [*map(str, arguments), *["--no-gpu"] * ("--gpu" not in arguments)]
+
+
 def call(script, *arguments, cwd):
     """A script in this process, which saves its start: its status, stdout and stderr."""
     main = dict(train=train, sample=sample)[script].main
     out, err, before, argv = io.StringIO(), io.StringIO(), os.getcwd(), sys.argv
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     os.chdir(cwd)
-    sys.argv = [f"{script}.py", *map(str, arguments)]
+    sys.argv = [f"{script}.py", *on_the_cpu(arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
                 warnings.catch_warnings():
@@ -2801,7 +2814,7 @@ def refuses(says, *arguments, cwd, script="train"):
 
 def process(*arguments, cwd, **options):
     script = [sys.executable, HERE / "train.py"]
-    return subprocess.Popen([*map(str, script), *map(str, arguments)], cwd=cwd, text=True,
+    return subprocess.Popen([*map(str, script), *on_the_cpu(arguments)], cwd=cwd, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
@@ -3333,7 +3346,7 @@ def test_two_ranks_of_a_script_are_two_threads(straight, place, tmp_path):
 
     def several(number, *flags, cwd=tmp_path):
         return subprocess.Popen([mpiexec, "-n", str(number), sys.executable, HERE / "train.py",
-                                 *map(str, flags)], cwd=cwd, env=environment, text=True,
+                                 *on_the_cpu(flags)], cwd=cwd, env=environment, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     running = several(2, *STRAIGHT, "--threads", 1, "--out", run)
@@ -3793,7 +3806,7 @@ def test_fuzz(place, tmp_path, capfd):
         except dpm.InputError as error:
             assert str(error).isprintable() and len(str(error)) < 500
     ends, roll = [], place.runs / "roll"
-    two = "--number", 1, "--steps", 2, "--no-gpu"
+    two = "--number", 1, "--steps", 2
     for _ in range(60):
         (tmp_path / "run.npz").write_bytes(changed(mine["run.npz"]))
         ends.append(fine("sample", "--checkpoint", "run.npz", *two))
@@ -3809,7 +3822,7 @@ def test_fuzz(place, tmp_path, capfd):
         (tmp_path / "torn").mkdir(exist_ok=True)
         tampered(roll, tmp_path / "torn" / "checkpoint.npz", config=json.dumps(wrong))
         ends.append(fine("sample", "--checkpoint", "torn", *two))
-        ends.append(fine("train", "--resume", "torn", "--steps", 21, "--no-evaluate", "--no-gpu"))
+        ends.append(fine("train", "--resume", "torn", "--steps", 21, "--no-evaluate"))
     flags = {
         "--dataset": ["swissroll:1", "swissroll:x", "heartbeat", "", ".", "a.idx", "deadleaves:4"],
         "--network": ["mlp", "paper", "unet"], "--schedule": [*dpm.SCHEDULES, "learned"],
@@ -3825,7 +3838,7 @@ def test_fuzz(place, tmp_path, capfd):
         chosen = dice.sample(sorted(flags), dice.choice([1, 2, 3, 4]))
         usual = {"--timesteps": 3, "--batch-size": 4}
         given = usual | {flag: dice.choice(flags[flag]) for flag in chosen}
-        ends.append(fine("train", "--steps", 2, "--no-evaluate", "--no-gpu", *[
+        ends.append(fine("train", "--steps", 2, "--no-evaluate", *[
             word for pair in given.items() for word in pair]))
         shutil.rmtree(tmp_path / "new", ignore_errors=True)
     assert 20 < ends.count(0) < len(ends) - 60      # both ends are met

@@ -71,7 +71,10 @@ class Ranks:
         from mpi4py import MPI
         self.xp, self.comm = xp, MPI.COMM_WORLD
         self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
-        self.here = self.comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size()
+        here = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.here = here.Get_size()
+        if xp is not np:  # each rank of a machine takes a GPU of its own, if there are as many
+            xp.cuda.Device(here.Get_rank() % xp.cuda.runtime.getDeviceCount()).use()
 
     def sum(self, a):
         total = np.empty(a.shape, a.dtype)
@@ -145,7 +148,7 @@ def decoder(shift, scale):
 
 def device_name(xp):
     if xp is not np:
-        return xp.cuda.runtime.getDeviceProperties(0)["name"].decode()
+        return xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)["name"].decode()
     return f"{platform.machine()} CPU, {dpm.CORES} core{'s' * (dpm.CORES > 1)}"
 
 

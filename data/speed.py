@@ -17,6 +17,7 @@ def benchmark(model, optimiser, dataset, number):
     xp = model.xp
     sync = xp.cuda.Device().synchronize if xp is not np else lambda: None
     size = 1536 if xp is np else 8192
+    tables = dpm.objective(model.about["objective"], model.diffusion)
 
     def clock(work, repeats):
         times = []
@@ -30,7 +31,7 @@ def benchmark(model, optimiser, dataset, number):
 
     def step(i):
         x0 = dataset.draw(number, dpm.generator(dataset.xp, "batch", 0, i), model.dtype)
-        model.gradient(xp.asarray(x0), 0, i)
+        model.gradient(xp.asarray(x0), 0, i, tables=tables)
         model.step(optimiser)
 
     rng = np.random.default_rng(0)
@@ -55,6 +56,9 @@ def benchmark(model, optimiser, dataset, number):
           f"  a plain product          {rate:,.0f} GFLOP/s ({len(a)} x {size}^3 at once); the step "
           f"runs at {share:.0%} of it\n"
           f"  a reverse step of {len(x):<6} {reverse * 1e3:.2f} ms")
+    if xp is not np:
+        gib = xp.get_default_memory_pool().total_bytes() / 2 ** 30
+        print(f"  memory taken of the GPU  {gib:.2f} GiB")
     with contextlib.suppress(ImportError):  # not on Windows
         import resource
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
