@@ -698,8 +698,8 @@ def over_pixels(x, xp):
 
 def pieces(n, pixels, at_once, xp):
     """n examples of so many pixels each, cut into slices of about `at_once` pixels, which fit the
-    cache of a CPU, or of 2^18, which fit the memory of a GPU."""
-    size = max(1, (at_once if xp is np else 1 << 18) // pixels)
+    cache of a CPU, or of 2^20, which fit the memory of a GPU."""
+    size = max(1, (at_once if xp is np else 1 << 20) // pixels)
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
