@@ -1642,7 +1642,7 @@ class DPM:
         first     begin with sample number `first`, so that many can be drawn part by part
         x_T       (number, D) to start from, where they are not drawn from pi
         contrast  a Contrast, for clearer samples
-        repeats   make each step which `decides` so many times; before each but the first, q_step
+        repeats   make each step that `decides` so many times; before each but the first, q_step
                   leads from x_{t-1} up to another x_t. With exact steps, and eta = 1, this is Gibbs
                   sampling of (x_{t-1}, x_t), and x_t forgets what earlier steps did wrong (as in
                   Lugmayr et al. 2022, arXiv 2201.09865)
@@ -2041,7 +2041,8 @@ class Posterior:
 
     def sample(self, number, seed=0, batch=None, keep=(), progress=iter, first=0):
         """Samples (number, D); the arguments are those of DPM.sample. The y of an Observation is
-        (D,) or (number, D), and no two know the same coordinate; else InputError."""
+        (D,) or (number, D), and no two know the same coordinate; else InputError, as for predicted
+        with an IdealNetwork, which has no backward."""
         model = self.model
         times_known = model.xp.zeros(model.D, int)
         for o in self.observations:
@@ -2051,6 +2052,8 @@ class Posterior:
             times_known = times_known + (o.sigma == 0)
         if bool((times_known > 1).any()):
             raise InputError("two observations know the same coordinate: leave it to one of them")
+        if self.r_schedule == "predicted" and not hasattr(model.network, "backward"):
+            raise InputError("predicted needs a network with a backward: choose another r-schedule")
 
         def draw_batch(rngs, rows, tick):
             return self.rows(rows, self.particles)._draw_batch(rngs, tick, keep)

@@ -2088,6 +2088,7 @@ def test_bad_observations(y, sigma, says):
     (CURVE, dict(particles=2, repeats=2), "go with particles"),
     (CURVE, dict(repeats=0), "1 or more"), (CURVE, dict(particles=0), "1 or more"),
     (CURVE, dict(r_schedule="linear"), "no r-schedule"),
+    (CURVE, dict(r_schedule="predicted"), "a network with a backward"),
     (dpm.Function(lambda x: x, lambda x: x), dict(particles=2), "log_r of your r returns"),
     (dpm.Function(lambda x: x[:, 0], lambda x: 1.0), {}, "returns float"),
     (dpm.Function(lambda x: x[:, 0] - np.inf, lambda x: x), {}, "returns NaN or infinite"),
