@@ -2748,6 +2748,22 @@ def test_the_scripts_on_a_gpu(where, dataset, flags, tmp_path, request):
         assert result_of(tmp_path / "run")["device"] == runs.device_name(xp)
 
 
+def test_a_rank_takes_a_gpu_of_its_own(cupy, monkeypatch):
+    """The sixth of eight processes on a machine with four GPUs takes the second of these."""
+    def group(rank, size, **more):
+        return types.SimpleNamespace(Get_rank=lambda: rank, Get_size=lambda: size, **more)
+
+    taken, here = [], group(5, 8)
+    world = group(13, 16, Split_type=lambda kind: {"shared": here}[kind])
+    mpi = types.SimpleNamespace(COMM_WORLD=world, COMM_TYPE_SHARED="shared")
+    monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=mpi))
+    cupy.runtime = types.SimpleNamespace(getDeviceCount=lambda: 4)
+    cupy.Device = lambda number: types.SimpleNamespace(use=lambda: taken.append(number))
+    for xp in (cupy, np):
+        ranks = runs.Ranks(xp)
+        assert (ranks.rank, ranks.size, ranks.here, taken) == (13, 16, 8, [1])
+
+
 # Looked up in CuPy 14, in cupy, cupy.random, cupy.cuda and cupy.lib.stride_tricks
 IN_CUPY = set(
     "abs add arange asarray broadcast_to clip concatenate cos cumsum divide empty empty_like exp "
