@@ -2749,11 +2749,11 @@ def test_the_scripts_on_a_gpu(where, dataset, flags, tmp_path, request):
 
 
 def test_a_rank_takes_a_gpu_of_its_own(cupy, monkeypatch):
-    """The sixth of eight processes on a machine with four GPUs takes the second of these."""
+    """Process 6 of 0..7 on a machine with the GPUs 0..3 takes number 2."""
     def group(rank, size, **more):
         return types.SimpleNamespace(Get_rank=lambda: rank, Get_size=lambda: size, **more)
 
-    taken, here = [], group(5, 8)
+    taken, here = [], group(6, 8)
     world = group(13, 16, Split_type=lambda kind: {"shared": here}[kind])
     mpi = types.SimpleNamespace(COMM_WORLD=world, COMM_TYPE_SHARED="shared")
     monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=mpi))
@@ -2761,7 +2761,7 @@ def test_a_rank_takes_a_gpu_of_its_own(cupy, monkeypatch):
     cupy.Device = lambda number: types.SimpleNamespace(use=lambda: taken.append(number))
     for xp in (cupy, np):
         ranks = runs.Ranks(xp)
-        assert (ranks.rank, ranks.size, ranks.here, taken) == (13, 16, 8, [1])
+        assert (ranks.rank, ranks.size, ranks.here, taken) == (13, 16, 8, [2])
 
 
 # Looked up in CuPy 14, in cupy, cupy.random, cupy.cuda and cupy.lib.stride_tricks
