@@ -50,8 +50,8 @@ def arguments():
                    "none, which with --sharpen 0 is DDIM (1; sharpened, but for bits, "
                    f"{sampling.ETA})")
     g.add_argument("--repeats", metavar="N", type=int, help="make each step that decides what a "
-                   f"sample will be N times (images: --inpaint {sampling.REPEATS['inpaint']}, "
-                   f"sharpened {sampling.REPEATS['samples']}; else 1)")
+                   f"sample will be N times ({sampling.REPEATS} for images that are completed or "
+                   "sharpened; else 1)")
     g.add_argument("--weak", metavar="PATH", help="a worse model of the same data: samples keep "
                    "away from its errors (for the shipped digits data/mnist/weak.npz)")
     g.add_argument("--sharpen", metavar="W", type=float,

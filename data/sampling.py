@@ -11,7 +11,7 @@ SHIPPED = pathlib.Path(__file__).parent / "mnist" / "model.npz"
 WEAK = SHIPPED.with_name("weak.npz")                # the --weak of SHIPPED
 SHARPEN = 1                     # --sharpen where there is a weak model: see dpm.Contrast
 ETA = 0.5                       # --eta of sharpened samples, which vary more for it
-REPEATS = dict(inpaint=5, samples=3)    # --repeats of completed images, and of sharpened ones
+REPEATS = 5                     # --repeats of completed images, and of sharpened ones
 STEPS = 70                      # of T, for posteriors of images; with repeats half as many
 PART = 4096                     # free samples are drawn and written so many at a time, at most
 SHOWN = 1024                    # images or sequences in a picture, at most
@@ -70,7 +70,7 @@ def settle(model, args, sharpen):
         args.eta = ETA if sharpen and not model.about["binary"] else 1.0
     if args.repeats is None:
         several = sharpen if free else args.mode == "inpaint" and args.particles == 1
-        args.repeats = REPEATS[args.mode] if images and several else 1
+        args.repeats = REPEATS if images and several else 1
     if args.steps is None and images:
         most = evaluation.IMAGE_STEPS if free else STEPS
         args.steps = runs.fewer_steps(model, STEPS // 2 if args.repeats > 1 else most)
