@@ -1702,7 +1702,8 @@ def decides(q):
     """Which steps decide what x_0, an image, will be, (T + 1,) on the host: where noise is far
     above the signal (level > 4), x_t says little of x_0, and where it is far below, only details
     are left open."""
-    return abs(to_host(q.level) - 1) <= 3
+    level = to_host(q.level)
+    return (-2 <= level) & (level <= 4)
 
 
 class Contrast:
