@@ -167,8 +167,8 @@ def schedule(kind, T, beta_1):
 
 
 class Normal:
-    """N(mean, variance), independent coordinates: mean (n, D), and a variance that broadcasts to
-    it. A distribution of x offers what this one does; Bernoulli is the other."""
+    """N(mean, variance), independent coordinates: mean (n, D), variance (n, D) or (n, 1). A
+    distribution of x offers what this one does; Bernoulli is the other."""
 
     def __init__(self, xp, mean, variance):
         self.xp, self.mean, self.variance = xp, mean, variance
@@ -216,11 +216,6 @@ class Normal:
         return Normal(self.xp, self.mean[rows], self.variance[rows])
 
 
-def _times_log(xp, a, b):
-    """a log b, and 0 where a = 0."""
-    return a * xp.log(xp.where(a > 0, b, 1.0))
-
-
 class Bernoulli:
     """B(one), independent bits: one (n, D) is the probability of a one. zero = 1 - one is given as
     well, because computing 1 - one would lose small values to rounding."""
@@ -247,12 +242,12 @@ class Bernoulli:
 
     def entropy(self):
         """-one log one - zero log zero, summed over the bits, nats (n,)."""
-        return -(_times_log(self.xp, self.one, self.one)
-                 + _times_log(self.xp, self.zero, self.zero)).sum(1)
+        return -sum(p * self.xp.log(self.xp.maximum(p, 1e-300))  # 0 log 0 = 0
+                    for p in (self.one, self.zero)).sum(1)
 
     def times(self, log_r0, log_r1):
         """The product with r, normalised: one r(1) / (one r(1) + zero r(0)), and log Z (n,), the
-        log of the denominator. (Table App.1 prints x in place of one there.)"""
+        log of the denominator (in which Table App.1 prints x for `one`)."""
         top = self.xp.maximum(log_r0, log_r1)  # so that nothing overflows
         one, zero = self.one * self.xp.exp(log_r1 - top), self.zero * self.xp.exp(log_r0 - top)
         Z = one + zero
@@ -273,9 +268,7 @@ class Diffusion:
     or one integer where so said. z (n, D, outputs) is what the network says of x_t, `outputs`
     numbers for each coordinate.
 
-    q_step(x, t)         q(x_t | x_{t-1} = x), the kernel T_pi of eq. 2. It leaves pi unchanged, and
-                         under pi it is its own reverse: at t = 1 it is also p(x_0 | x_1), eq. 44
-    q_jump(x0, t)        q(x_t | x_0)
+    kept(x, a)           x of which a part a (n, 1) is kept, the rest drawn from pi
     q_back(x0, xt, t)    q(x_{t-1} | x_t, x_0), t >= 2: of numbers N(mu~, beta~_t I)
     p_x0(xt, t, z)       p(x_0 | x_t), what z says of x_0
     p_back(xt, t, z, eta=1)   p(x_{t-1} | x_t), t >= 2: q_back averaged over p_x0
@@ -284,7 +277,6 @@ class Diffusion:
     ideal(xt, t, ...)    the z of the best possible kernel, from moments of x_0 given x_t
     mean_log_pi(t, x0)   E[log pi(x_t) | x_0], nats (n,), t an integer >= 0
     log_null(x)          log likelihood under pi, for bits under B(mean of the data), nats (n,)
-    pi(shape)            the distribution pi
 
     And for chapter 5 only, where an r(x_0) is to steer the reverse steps:
 
@@ -309,20 +301,33 @@ class Diffusion:
         self.level, self.s = xp.log((1 - a) / a), xp.zeros(self.T + 1)
         self.s[2:] = xp.log1p(-self.alpha_bar[2:]) - xp.log1p(-self.before[2:])
 
+    def q_step(self, x, t):
+        """q(x_t | x_{t-1} = x), the kernel T_pi of eq. 2. It leaves pi unchanged and is its own
+        reverse under pi: at t = 1 it is also p(x_0 | x_1), eq. 44."""
+        return self.kept(x, 1 - self.beta[t][:, None])
+
+    def q_jump(self, x0, t):
+        """q(x_t | x_0): DDPM eq. 4."""
+        return self.kept(x0, self.alpha_bar[t][:, None])
+
+    def pi(self, shape):
+        """The distribution pi: nothing is kept."""
+        return self.kept(self.xp.zeros(shape), self.xp.zeros((shape[0], 1)))
+
     def _H(self, kernel, t, x):
-        """The entropy of kernel(x, t), nats (n,): for a bit linear in x, so that the mean of bits
-        has the mean of their entropies; for a number the same for all x."""
+        """Entropy of kernel(x, t), nats (n,). For bits it is linear in x, so x may be a mean; for
+        numbers it does not depend on x."""
         h = kernel(self.xp.asarray([[0.0], [1.0]]), self.xp.full(2, t)).entropy()
         return (x * h[1] + (1 - x) * h[0]).sum(1)
 
     def H_q(self, t, x0):
-        """Entropy of q(x_t | x_0), nats (n,), t an integer >= 1; of numbers it is D/2 ln(2 pi e (1
-        - alpha_bar_t)). It is linear in x_0: the mean of the data serves for the data."""
+        """Entropy of q(x_t | x_0), nats (n,), t an integer >= 1; of numbers D/2 ln(2 pi e (1 -
+        alpha_bar_t)). It is linear in x_0, so the mean of the data gives the mean entropy."""
         return self._H(self.q_jump, t, x0)
 
     def H_step(self, t, x0):
-        """Entropy of q(x_t | x_{t-1}), in the mean over x_{t-1} given x_0, likewise; of numbers it
-        is D/2 ln(2 pi e beta_t)."""
+        """Entropy of q(x_t | x_{t-1}), averaged over x_{t-1} given x_0; of numbers D/2 ln(2 pi e
+        beta_t)."""
         return self._H(self.q_step, t, self.q_jump(x0, self.xp.full(len(x0), t - 1)).mean)
 
     def log_pi(self, x):
@@ -392,15 +397,9 @@ class Gaussian(Diffusion):
         """The entries of tables (T + 1,) at t, as columns (n, 1)."""
         return [table[t][:, None] for table in tables]
 
-    def q_step(self, x, t):
-        """N(sqrt(1 - beta_t) x, beta_t I), eq. 2 and Table App.1."""
-        beta, = self._at(t, self.beta)
-        return Normal(self.xp, self.xp.sqrt(1 - beta) * x, beta)
-
-    def q_jump(self, x0, t):
-        """N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I): DDPM eq. 4."""
-        cos, sin = self._at(t, self.cos, self.sin)
-        return Normal(self.xp, cos * x0, sin ** 2)
+    def kept(self, x, a):
+        """N(sqrt(a) x, (1 - a) I)."""
+        return Normal(self.xp, self.xp.sqrt(a) * x, 1 - a)
 
     def q_back(self, x0, xt, t):
         """N(mu~, beta~_t I), DDPM eqs. 6 and 7:
@@ -422,9 +421,9 @@ class Gaussian(Diffusion):
         return Normal(self.xp, cos * xt - sin * v, sin ** 2 * self.xp.maximum(u, 1e-12))
 
     def x0_for_r(self, xt, t, z):
-        """p_x0 with u = 1, wider than what the network believes. r takes the coordinates of x_0 for
-        independent; with the small u of the network an error that many of them share would be
-        counted once for each, and would drive x_t away from all data."""
+        """p_x0 with u = 1. r is averaged as if the coordinates of x_0 were independent: with the
+        smaller u of the network, an error that many of them share would count once for each, and
+        push x_t away from all data."""
         return Normal(self.xp, self.p_x0(xt, t, z).mean, self._at(t, self.sin)[0] ** 2)
 
     def dp_x0(self, xt, t, z, g):
@@ -447,10 +446,9 @@ class Gaussian(Diffusion):
     def guided(self, p, t, g, prior, given):
         """Given r, the mean of x_0 moves by g sin^2 phi / cos phi, since E[x_0 | x_t] is (x_t +
         sin^2 phi grad log q(x_t)) / cos phi (Tweedie), and f_mu with it, by g beta_t / sqrt(1 -
-        beta_t); for small steps that is eq. 61, g f_sigma. Given x_t, x_0 has a deviation of sin
-        phi at most, in the mean, and a move by five of these is an error of the network: it is cut,
-        or it would drive x_t to where no data is. A coordinate that is known, with no variance in
-        `given`, moves to its value: f_mu is then mu~ of it."""
+        beta_t); for small steps that is eq. 61, g f_sigma. Given x_t, the standard deviation of x_0
+        is about sin phi or less; a move beyond five of them is an error of the network, and is cut.
+        A known coordinate, with no variance in `given`, moves to its value, f_mu to mu~ of it."""
         xp, (cos, sin, from_x0) = self.xp, self._at(t, self.cos, self.sin, self.from_x0)
         gain = sin ** 2 / xp.where(cos > 0, cos, math.inf)  # alpha_bar_T = 0: x_T says nothing
         move = xp.clip(gain * g, -5 * sin, 5 * sin)
@@ -528,14 +526,11 @@ class Gaussian(Diffusion):
         all steps are about as long as in training. InputError unless sigma > 0."""
         if not sigma > 0:
             raise InputError(f"noise has a deviation above 0, not {sigma}")
-        t, level = np.arange(1, self.T + 1), to_host(self.level)[1:]
+        a = np.maximum(to_host(self.alpha_bar)[1:], 1e-9)
+        t, level = np.arange(1, self.T + 1), np.log((1 - a) / a)  # not cut where there is no noise
         last = max(2.0, np.interp(2 * math.log(sigma), level, t))
         levels = np.interp(np.linspace(1, last, round(last)), t, level)
         return type(self)(np.append(1, expit(-levels)), self.xp, **self.config)
-
-    def pi(self, shape):
-        """N(0, I)."""
-        return Normal(self.xp, self.xp.zeros(shape), self.xp.ones(shape))
 
 
 class Binomial(Diffusion):
@@ -553,25 +548,17 @@ class Binomial(Diffusion):
         self.rate, self.mean = float(rate), float(rate if mean is None else mean)
         self.config = dict(rate=self.rate, mean=self.mean)
         if not (1e-4 <= self.rate <= 1 - 1e-4 and 0 < self.mean < 1):
-            raise InputError("the rate of pi and the mean of the data must lie between 0.0001 and "
-                             f"0.9999, not {self.rate:g}, {self.mean:g}")
+            raise InputError("the rate of pi must lie between 0.0001 and 0.9999, the mean of the "
+                             f"data between 0 and 1, not {self.rate:g}, {self.mean:g}")
 
-    def _kept(self, x, a):
-        """B(a x + rate (1 - a)): x kept with probability a, or else drawn from pi."""
+    def kept(self, x, a):
+        """B(a x + rate (1 - a))."""
         one, zero = a * x + self.rate * (1 - a), a * (1 - x) + (1 - self.rate) * (1 - a)
         return Bernoulli(self.xp, one, zero)
 
-    def q_step(self, x, t):
-        """B(x (1 - beta_t) + rate beta_t), eq. 2 and Table App.1."""
-        return self._kept(x, 1 - self.beta[t][:, None])
-
-    def q_jump(self, x0, t):
-        """B(alpha_bar_t x_0 + rate (1 - alpha_bar_t))."""
-        return self._kept(x0, self.alpha_bar[t][:, None])
-
     def q_back(self, x0, xt, t):
         """Bayes' rule, bit by bit: q(x_{t-1} | x_0) times q(x_t | x_{t-1}), normalised."""
-        prior = self._kept(x0, self.before[t][:, None])
+        prior = self.kept(x0, self.before[t][:, None])
         r_0, r_1 = (self.q_step(x, t).probability(xt) for x in (0, 1))
         one, zero = prior.one * r_1, prior.zero * r_0
         return Bernoulli(self.xp, one / (one + zero), zero / (one + zero))
@@ -582,7 +569,7 @@ class Binomial(Diffusion):
         return math.log(self.rate / (1 - self.rate)) + self.xp.log(like_1 / like_0)
 
     def p_x0(self, xt, t, z):
-        """B(m), m = sigmoid(z + log odds of x_t alone), never quite certain either."""
+        """B(m), m = sigmoid(z + log odds of x_t alone), cut to +-100: never quite certain."""
         odds = self.xp.clip(z[..., 0] + self._log_odds(xt, t), -100, 100)
         return Bernoulli(self.xp, 1 / (1 + self.xp.exp(-odds)), 1 / (1 + self.xp.exp(odds)))
 
@@ -615,7 +602,7 @@ class Binomial(Diffusion):
         xp, m = self.xp, self.p_x0(xt, t, z)
         q1, q0 = (self.q_back(x, xt, t) for x in (1, 0))
         b, f = self._mixture(x0, 1 - x0, q1, q0), self._mixture(m.one, m.zero, q1, q0)
-        kl = sum(_times_log(xp, b_x, b_x / xp.where(f_x > 0, f_x, 1.0))
+        kl = sum(b_x * xp.log(xp.maximum(b_x, 1e-300) / xp.maximum(f_x, 1e-300))
                  for b_x, f_x in ((b.one, f.one), (b.zero, f.zero)))
         top = (m.one - x0) * (q1.one - q0.one) ** 2 * m.variance
         dz = top / xp.where(f.variance > 0, f.variance, 1.0)  # where that is 0, q_1 = q_0
@@ -629,7 +616,7 @@ class Binomial(Diffusion):
 
     def mean_log_pi(self, t, x0):
         """log pi is linear in the bits."""
-        return self._log_independent(self._kept(x0, float(self.alpha_bar[t])).one, self.rate)
+        return self._log_independent(self.kept(x0, float(self.alpha_bar[t])).one, self.rate)
 
     @staticmethod
     def _log_independent(x, rate):
@@ -637,10 +624,6 @@ class Binomial(Diffusion):
 
     def log_null(self, x):
         return self._log_independent(x, self.mean)
-
-    def pi(self, shape):
-        """B(rate)."""
-        return self._kept(self.xp.full(shape, self.rate), 1.0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -682,25 +665,21 @@ class Layer:
 
     shapes, gain, layers = {}, 1.0, ()
 
+    def with_weights(self):
+        """This layer and the layers in it, as far as they have weights, in a fixed order."""
+        return sum((layer.with_weights() for layer in self.layers), [self] if self.shapes else [])
+
 
 def flatten(x):
     """(n H W, C): every pixel is a row."""
     return x.reshape(-1, x.shape[-1])
 
 
-def over_pixels(x, xp):
-    """x.sum((1, 2)) of x (n, H, W, C); on a CPU a product, which takes a tenth of the time."""
-    if xp is not np:
-        return x.sum((1, 2))
-    n, H, W, C = x.shape
-    return (xp.ones((1, H * W), x.dtype) @ x.reshape(n, H * W, C))[:, 0]
-
-
-def pieces(n, pixels, at_once, xp):
-    """n examples of so many pixels each, cut into slices of about `at_once` pixels, which fit the
-    cache of a CPU, or of 2^20, which fit the memory of a GPU."""
-    size = max(1, (at_once if xp is np else 1 << 20) // pixels)
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+def pieces(n, pixels, at_once, xp, first=0, every=1):
+    """Every `every`-th of n examples of so many pixels each, from `first` on, in slices of about
+    `at_once` pixels, which fit the cache of a CPU, or of 2^20, which fit the memory of a GPU."""
+    size = every * max(1, (at_once if xp is np else 1 << 20) // pixels)
+    return [slice(i, min(i + size, n), every) for i in range(first, n, size)]
 
 
 class Dense(Layer):
@@ -716,10 +695,10 @@ class Dense(Layer):
         return y.reshape(*x.shape[:-1], -1)
 
     def backward(self, dy, tape):
-        x, d = tape.saved.pop(), tape.dtheta[self]
-        d["W"] += tape.product(flatten(x).T, flatten(dy))
-        d["b"] += over_pixels(dy, tape.xp).sum(0)
-        return tape.product(flatten(dy), tape.theta[self]["W"].T).reshape(x.shape)
+        x, d, rows = tape.saved.pop(), tape.dtheta[self], flatten(dy)
+        d["W"] += tape.product(flatten(x).T, rows)
+        d["b"] += tape.xp.ones(len(rows), rows.dtype) @ rows  # a sum, in a tenth of its time
+        return tape.product(rows, tape.theta[self]["W"].T).reshape(x.shape)
 
 
 class Conv3x3(Layer):
@@ -781,8 +760,9 @@ class Time(Layer):
         return x + self.layers[0].forward(tape.e, tape)
 
     def backward(self, dy, tape):
-        dc = over_pixels(dy, tape.xp)[:, None, None]
-        tape.de += self.layers[0].backward(dc, tape)
+        n, H, W, C = dy.shape
+        dc = tape.xp.ones((1, H * W), dy.dtype) @ dy.reshape(n, H * W, C)  # as in Dense
+        tape.de += self.layers[0].backward(dc[:, None], tape)
         return dy
 
 
@@ -805,7 +785,9 @@ class Rectifier(Layer):
 # Layers made of layers
 
 class Sequential(Layer):
-    """y = f_k(... f_2(f_1(x)))        the gradient goes back in reverse order"""
+    """y = f_k(... f_2(f_1(x)))        the gradient goes back in reverse order.
+
+    Without layers, y = x."""
 
     def __init__(self, *layers):
         self.layers = layers
@@ -819,10 +801,6 @@ class Sequential(Layer):
         for layer in reversed(self.layers):
             dy = layer.backward(dy, tape)
         return dy
-
-
-class Identity(Sequential):
-    """y = x: no layers."""
 
 
 class Residual(Sequential):
@@ -1084,21 +1062,15 @@ class PaperKernel:
 
 # Networks
 
-class Network:
-    """z = readout(body(x)), where the Time layers of the body hear e = time(level).
+class Network(Layer):
+    """z = readout(body(x)); the Time layers of the body get e = time(level).
 
-    Of t it knows only how strong the noise is (and s, with PaperKernel). So it serves any part of
-    the T steps, and a schedule that is learned."""
+    It is not told t, only the noise level (and s, for PaperKernel). So it works for any part of the
+    T steps, and for a learned schedule."""
 
     def __init__(self, body, readout, *time):
         self.body, self.readout, self.time = body, readout, Sequential(*time)
-
-    def with_weights(self):
-        """Its layers that have weights, in a fixed order."""
-        def of(layer):
-            return sum(map(of, layer.layers), [layer] if layer.shapes else [])
-
-        return of(self.time) + of(self.body)
+        self.layers = self.time, body
 
     def forward(self, x, level, s, tape):
         """z (n, H, W, C outputs) for x (n, H, W, C), and level and s (n,)."""
@@ -1124,7 +1096,7 @@ def time_layers(time):
 
 def features(channels, scales, edges):
     """(layer, channels): x, sin and cos of 2^k pi x for k in scales, and Edges, side by side."""
-    layers = [Identity()]
+    layers = [Sequential()]
     if scales:
         layers.append(Waves([2.0 ** k * math.pi for k in scales]))
     if edges:
@@ -1159,7 +1131,7 @@ def unet(channels, readout, outputs, widths=(24, 48, 96), head=64, scales=(), ed
 
     told, inputs = features(channels, scales, edges)
     context = Sequential(Conv3x3(inputs, widths[0]), Time(time, widths[0]), *grid(*widths))
-    body = Sequential(told, Beside(context, Identity()),
+    body = Sequential(told, Beside(context, Sequential()),
                       Dense(widths[0] + inputs, head), Time(time, head), Rectifier(),
                       Residual(Dense(head, head), Time(time, head), Rectifier()),
                       Dense(head, outputs * channels, gain=0))
@@ -1175,7 +1147,7 @@ def paper(channels, readout, outputs, pixels=1, pools=(1, 2, 4), maps=8, hidden=
     if pixels > 1:
         scales = Sum(*[Pooled(side, Conv3x3(channels, maps)) for side in pools])
     dense = Whole(Dense(pixels * channels, hidden), Rectifier(), Dense(hidden, pixels * maps))
-    body = Sequential(Beside(Sequential(scales, Rectifier()), dense, Identity()),
+    body = Sequential(Beside(Sequential(scales, Rectifier()), dense, Sequential()),
                       Dense(2 * maps + channels, width), Rectifier(),
                       Dense(width, width), Rectifier(),
                       Dense(width, bumps * outputs * channels, gain=0),
@@ -1251,7 +1223,7 @@ class Optimiser:
     cosine over the second half of `steps`. average is the mean of theta over about the last tenth
     of the steps, at most 1000. theta is updated in place.
 
-    A step is `momentum`, `orthogonalise` of the matrices, in any shares, and `move`: DPM.step."""
+    DPM.step calls `momentum`, `orthogonalise` for every share of the matrices, and `move`."""
 
     b1, b2, clip = 0.95, 0.99, 1.0
 
@@ -1320,15 +1292,14 @@ def objective(kind, q):
     the KL's own. All weigh one error, (v - v*)^2, so they have the same best v. The weights:
 
     K        1/2 c_t / (1 + c_t u), and the terms in u: eq. 14
-    focused  K's, times 1 + 8 exp(-(level_t + 1)^2 / 25), by which t is drawn as well, and
-             divided by alpha_bar_t + 0.001: less of the steps below a grey level, whose noise
-             nobody can predict, more of those that decide what a picture will be (as in Karras et
-             al. 2022)
+    focused  K's, times b_t / (alpha_bar_t + 0.001); t is drawn in proportion to b_t = 1 + 8
+             exp(-(level_t + 1)^2 / 25). Steps below a grey level, whose noise nobody can predict,
+             count less; those that decide what a picture shows, more (as in Karras et al. 2022)
     simple   alpha_bar_t, the mean square of eps - eps^: DDPM eq. 14
     mean     beta_t^2 alpha_bar_{t-1} / (1 - alpha_bar_t), that of mu~ - f_mu: DDPM eq. 8 without
              its factor 1 / (2 sigma_t^2)
 
-    All but K's are scaled to K's, for u = 0, in the mean over t. u always descends the KL.
+    All are scaled so that their sum over t is that of K's for u = 0. u always descends the KL.
     InputError for an unknown kind."""
     xp = q.xp
     t = xp.arange(q.T + 1)
@@ -1342,7 +1313,7 @@ def objective(kind, q):
     elif kind in ("simple", "mean") and isinstance(q, Gaussian):
         v_weight = q.alpha_bar if kind == "simple" else (q.from_x0 * q.sin) ** 2
         v_weight = xp.where(t > 1, v_weight, 0.0)
-        v_weight = v_weight * (c.sum() / 2 / v_weight.sum())
+        v_weight = v_weight * (c.sum() / 2 / (v_weight.sum() + 1e-30))
     elif kind != "K":
         raise InputError(f"no objective '{kind}' here: choose {', '.join(OBJECTIVES)}; the last "
                          "two are for numbers")
@@ -1358,16 +1329,13 @@ def stratified(number, frequency, u):
     return np.minimum(t, len(frequency) - 1)  # (i + u) / number can round up to 1
 
 
-class IdealNetwork:
+class IdealNetwork(Layer):
     """In place of a network: the best possible kernel, from known moments of the data. Its K is K*,
     which no network can exceed. moments(x, alpha_bar) gives E[x_0 | x_t] and, for a Gaussian
     diffusion, Var[x_0 | x_t], for x (n, D) and alpha_bar (n, 1)."""
 
     def __init__(self, moments):
         self.moments = moments
-
-    def with_weights(self):
-        return []
 
 
 class Alone:
@@ -1454,16 +1422,12 @@ class DPM:
         loss and backward fit the cache of a CPU, or the memory of a GPU."""
         first = self.comm.rank * self.threads if all_ranks else 0
         shares = self.comm.size * self.threads if all_ranks else self.threads
-
-        def run(tape, i):
-            cuts = pieces(len(range(i, n, shares)), self.shape[0] * self.shape[1], 6400, self.xp)
-            work(tape, slice(i, n, shares), [
-                slice(i + cut.start * shares, i + cut.stop * shares, shares) for cut in cuts])
-
-        jobs = [(tape, i) for i, tape in enumerate(self.tapes, first) if i < n]
+        pixels = self.shape[0] * self.shape[1]
+        jobs = [(tape, slice(i, n, shares), pieces(n, pixels, 6400, self.xp, i, shares))
+                for i, tape in enumerate(self.tapes, first) if i < n]
         if len(jobs) == 1:  # one thread, or a GPU: no detour through the pool
-            return run(*jobs[0])
-        jobs = [self.pool.submit(run, *job) for job in jobs]
+            return work(*jobs[0])
+        jobs = [self.pool.submit(work, *job) for job in jobs]
         wait(jobs)  # for all, even if one fails: the next call needs their tapes
         for job in jobs:
             job.result()
@@ -1517,11 +1481,11 @@ class DPM:
                 + H_q(X_T|X_0) - H_q(X_1|X_0) - H_p(X_T)
 
         For t >= 2 Bayes' rule says q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) /
-        q(x_{t-1} | x_0). In the sum of log p / q the first factor gives the KLs; the others cancel
-        but at T and 1, where they are the two H_q. p(x_0 | x_1) is not learned: it is q_step with
-        its ends exchanged, and log p(x_0 | x_1) - log q(x_1 | x_0) = log pi(x_0) - log pi(x_1),
-        since q_step is its own reverse under pi. With log pi(x_T) this is -H_p(X_T), the paper's
-        name: its constant where E log pi(x_0) over the data is E log pi(x) under pi (eqs. 42-46).
+        q(x_{t-1} | x_0). In the sum of log p / q the first factor gives the KLs; the rest
+        telescopes to the two H_q. p(x_0 | x_1) is not learned: it is q_step with its ends
+        exchanged, and log p(x_0 | x_1) - log q(x_1 | x_0) = log pi(x_0) - log pi(x_1), since q_step
+        is its own reverse under pi. With log pi(x_T) this is -H_p(X_T), the paper's name: its
+        constant where E log pi(x_0) over the data is E log pi(x) under pi (eqs. 42-46).
         With a discretised decoder K is minus DDPM's eq. 5, for the probability of the bytes:
         - L_T - sum of KLs - L_0, with L_0 = E[-log p(x_0 | x_1)].
 
@@ -1540,7 +1504,7 @@ class DPM:
         if q.discretised:
             t = np.concatenate([t, np.ones((1, n), int)])
         factor = np.where(np.arange(T + 1) > 1, (T - 1) / draws, 1.0)
-        kl_each, (kl, entropy, distortion) = np.zeros(n), np.zeros((3, T + 1))
+        kl_each, sums = np.zeros(n), np.zeros((3, T + 1))
         blocks = range(0, n, batch)
         own = list(zip(blocks, rng.spawn(len(blocks))))[self.comm.rank::self.comm.size]
         for i, block_rng in progress(own):
@@ -1552,15 +1516,13 @@ class DPM:
                 z = self.forward(xt, t_x)
                 loss = to_host(self._loss(x, xt, t_x, z)[0]) * factor[row]
                 kl_each[i:i + batch] += loss
-                kl += np.bincount(row, loss, T + 1) / n
-                square = ((q.p_x0(xt, t_x, z).mean - x) ** 2).mean(1)
-                distortion += np.bincount(row, to_host(square), T + 1)
                 H = q.p_back(xt, xp.maximum(t_x, 2), z).entropy()
-                entropy += np.bincount(row, to_host(H), T + 1)
-        kl_each, kl, entropy, distortion = map(self.comm.sum, (kl_each, kl, entropy, distortion))
-        entropy[:2] = math.nan  # p(x_0 | x_1) is not one of the T - 1 steps
+                square = ((q.p_x0(xt, t_x, z).mean - x) ** 2).mean(1)
+                sums += [np.bincount(row, to_host(a), T + 1) for a in (loss, H, square)]
+        kl_each, sums = self.comm.sum(kl_each), self.comm.sum(sums)
         count = np.bincount(t.ravel(), minlength=T + 1)
-        entropy, distortion = np.array([entropy, distortion]) / np.where(count, count, math.nan)
+        kl, (entropy, distortion) = sums[0] / n, sums[1:] / np.where(count, count, math.nan)
+        entropy[1] = math.nan  # p(x_0 | x_1) is not one of the T - 1 steps
         x0 = xp.asarray(x0)
         parts = dict(L_T=q.kl_to_pi(T, x0)) if q.discretised else dict(
             H_q_T=q.H_q(T, x0), H_q_1=q.H_q(1, x0), H_p_T=q.H_p(x0))
@@ -1642,10 +1604,10 @@ class DPM:
         first     begin with sample number `first`, so that many can be drawn part by part
         x_T       (number, D) to start from, where they are not drawn from pi
         contrast  a Contrast, for clearer samples
-        repeats   make each step that `decides` so many times; before each but the first, q_step
-                  leads from x_{t-1} up to another x_t. With exact steps, and eta = 1, this is Gibbs
-                  sampling of (x_{t-1}, x_t), and x_t forgets what earlier steps did wrong (as in
-                  Lugmayr et al. 2022, arXiv 2201.09865)
+        repeats   make the step from t so many times where decides(q)[t]; in between, q_step draws a
+                  new x_t from x_{t-1}. With exact steps and eta = 1 this is Gibbs sampling of
+                  (x_{t-1}, x_t), and removes errors of earlier steps from x_t (as in Lugmayr et al.
+                  2022, arXiv 2201.09865)
 
         Sample k has its own noise, from (seed, k): it is the same on every device and for every
         size of `batch`, up to rounding, which a chain may enlarge. InputError unless 0 <= eta <= 1
@@ -1714,8 +1676,8 @@ class Contrast:
         v + w (v - v_weak)
 
     Of numbers, a step p becomes p^(1 + w) / p_weak^w, normalised, p_weak with the variance of p.
-    DPM.sample does so at steps that `decide`. The samples vary less; of which distribution they
-    are, nobody knows. InputError unless w is finite and 0 or more."""
+    DPM.sample does so where decides(q)[t]. The samples vary less, and their distribution is not
+    known. InputError unless w is finite and 0 or more."""
 
     def __init__(self, weak, w):
         if not 0 <= w < math.inf:

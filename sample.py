@@ -194,7 +194,7 @@ def main():
         near, distance = observations.nearest(dataset, sets["samples"][:sampling.SHOWN, 0])
         usual = observations.nearest(dataset, dataset.held_out(len(distance)))[1]
         say(f"nearest training image: {distance.mean():.3f} away, root mean square "
-            f"{observations.unit_of(model)}; for test images it is {usual.mean():.3f}")
+            f"{observations.unit_of(model)}; for test images it is {usual.mean():.3f}, for copies 0")
         arrays["nearest"] = model.raw(near)
         if args.mode == "inpaint":
             extra["the training image nearest to the first of them"] = near[:, None]

@@ -44,7 +44,7 @@ LN2 = math.log(2)
 
 MAP = [  # equation, what it says, where it is in dpm.py, which tests hold it
     ("SD 1-3, Table App.1", "the forward diffusion q, and its jump from x_0; DDPM 2, 4",
-     "schedule Gaussian.q_step Gaussian.q_jump Binomial.q_step Binomial.q_jump",
+     "schedule Diffusion.q_step Diffusion.q_jump Diffusion.pi Gaussian.kept Binomial.kept",
      "test_schedule test_q_jump_is_the_iterated_step test_binomial_q_by_enumeration "
      "test_the_chain_forgets"),
     ("SD 4, 5", "the reverse process p; DDPM 1",
@@ -167,7 +167,8 @@ def data_for(q, n, D, *seed):
 
 def in_slices_of(size):
     """In place of dpm.pieces, which does not cut so few examples."""
-    return lambda n, *_: [slice(i, min(i + size, n)) for i in range(0, n, size)]
+    return lambda n, pixels, at_once, xp, first=0, every=1: [
+        slice(i, min(i + size * every, n), every) for i in range(first, n, size * every)]
 
 
 def quotient(f, a, direction, h=1e-6):
@@ -588,7 +589,7 @@ LAYERS = dict(  # how it is made for (H, W, 2), and y by x, e, level and the wei
            lambda x, e, level, w: dense(x.reshape(len(x), -1), w).reshape(*x.shape[:3], 1)),
     Residual=(lambda *_: dpm.Residual(dpm.Rectifier(), dpm.Dense(2, 2)),
               lambda x, e, level, w: x + dense(rectified(x), w)),
-    Beside=(lambda *_: dpm.Beside(dpm.Dense(2, 3), dpm.Rectifier(), dpm.Identity()),
+    Beside=(lambda *_: dpm.Beside(dpm.Dense(2, 3), dpm.Rectifier(), dpm.Sequential()),
             lambda x, e, level, w: side([dense(x, w), rectified(x), x])),
     Sum=(lambda *_: dpm.Sum(dpm.Dense(2, 3), dpm.Sequential(dpm.Rectifier(), dpm.Conv3x3(2, 3))),
          lambda x, e, level, w, w_2: dense(x, w) + convolved(rectified(x), w_2)))
@@ -2043,6 +2044,10 @@ def test_a_chain_until_one_of_its_times_is_its_beginning(kind):
     close(q.until(1e-6).alpha_bar, q.alpha_bar[:3])
     q = gaussian(60, 1e-3, kind, variance="beta")
     assert q.until(1.0).config == q.config
+    q = gaussian(40, 1e-12, kind)                   # where level is cut, but sigma is not
+    for sigma in (1e-5, 1e-4):
+        last = q.until(sigma).alpha_bar[-1]
+        close((1 - last) / last, max(sigma, float(q.sin[2] / q.cos[2])) ** 2, rtol=1e-3)
     for wrong in (0, -1.0, math.nan):
         with refused("above 0"):
             q.until(wrong)

@@ -289,7 +289,7 @@ def print_page(r, table, image, binary):
         row("  K* - K", "K_star_minus_K_bits", "with the same points and noise")
         row("L", "L_true_bits", "the data's own mean log likelihood")
     if "K_beta_bits" in r:
-        print("K of some of the examples, by f_sigma, from the same network")
+        print("K of the first of these examples only, by f_sigma, from the same network")
         for variance in ("learned", "beta", "posterior"):
             row(variance, f"K_{variance}_bits")
     print(f"entropy of the reverse steps, sum over {steps} (eq. 24)")

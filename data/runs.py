@@ -94,9 +94,13 @@ def ranks(xp):
 
 
 def checkpoint_in(path):
-    """The checkpoint of the run in a directory; any other path is that of a checkpoint itself."""
+    """The checkpoint of the run in a directory, or the shipped model there; any other path is that
+    of a checkpoint itself."""
     path = pathlib.Path(path)
-    return path / "checkpoint.npz" if path.is_dir() else path
+    shipped, checkpoint = path / "model.npz", path / "checkpoint.npz"
+    if path.is_dir():
+        return shipped if shipped.exists() and not checkpoint.exists() else checkpoint
+    return path
 
 
 def newest_run():
