@@ -1158,7 +1158,7 @@ def paper(channels, readout, outputs, pixels=1, pools=(1, 2, 4), maps=8, hidden=
 # A checkpoint holds weights in the order of these layers, and `sizes`, the arguments. To change a
 # network and still read old checkpoints, add an argument whose default is the old way
 NETWORKS = dict(mlp=mlp, unet=unet, paper=paper)
-READOUTS = dict(v=Velocity, eps=Epsilon, paper=PaperKernel, bits=LogOdds)
+READOUTS = dict(v=Velocity, eps=Epsilon, paper=PaperKernel)  # of numbers
 
 
 def views(layers, flat):
@@ -1396,9 +1396,9 @@ class DPM:
         return self if S is None else self.with_diffusion(self.diffusion.shortened(S))
 
     def until(self, sigma):
-        """The same model with a chain that begins at data under noise sigma, see Gaussian.until.
-        For noisy y (n, D), normalised, sample(n, x_T=y / sqrt(1 + sigma^2)) draws from p(x_0 | y),
-        with no need of an r."""
+        """Of numbers: the same model with a chain that begins at data under noise sigma, see
+        Gaussian.until. For noisy y (n, D), normalised, sample(n, x_T=y / sqrt(1 + sigma^2)) draws
+        from p(x_0 | y), with no need of an r."""
         return self.with_diffusion(self.diffusion.until(sigma))
 
     def resized(self, H, W):
@@ -1705,9 +1705,10 @@ def entropy_bounds(q, x0):
 
         H_q(X_t|X_{t-1}) + H_q(X_{t-1}|X_0) - H_q(X_t|X_0) <= H_q(X_{t-1}|X_t) <= H_q(X_t|X_{t-1})
 
-    The lower one is tight where x_0 adds nothing to what x_t tells of x_{t-1}, as for one point;
-    the upper one where H_q(X_t) no longer grows, as for data that is pi already. It is proved for
-    data whose second moment is 1, or bits whose mean is the rate; for other data it may fail."""
+    The lower one holds for all data, and is tight where x_0 adds nothing to what x_t tells of
+    x_{t-1}, as for one point. The upper one holds where the second moment of the data is at most 1,
+    or the mean of bits is the rate; it is tight where H_q(X_t) no longer grows, as for data that is
+    pi already."""
     mean = q.xp.asarray(x0).mean(0, keepdims=True)
     H_q = np.array([math.nan] + [float(q.H_q(t, mean)[0]) for t in range(1, q.T + 1)])
     upper = np.array([math.nan] * 2 + [float(q.H_step(t, mean)[0]) for t in range(2, q.T + 1)])
@@ -1746,9 +1747,9 @@ class LearnedSchedule:
 
         level_t = level_1 + (end - level_1) h_t / h_T        h_t = sum_{i=2..t} exp(a_i)
 
-    a_2..T runs in straight lines between at most 40 knots psi / (1 + |psi / 6|), and end = 6 +
-    4 psi_end / (1 + |psi_end|). So |a| < 6, 2 < end < 10 and 0 < beta_t < 1 whatever psi is;
-    psi = 0 makes level linear in t."""
+    a is piecewise linear in t, with the values psi / (1 + |psi / 6|) at its knots, at most 40, and
+    end = 6 + 4 psi_end / (1 + |psi_end|). So |a| < 6, 2 < end < 10 and 0 < beta_t < 1 whatever psi
+    is; psi = 0 makes level linear in t."""
 
     def __init__(self, T, beta_1, xp=np):
         self.xp, self.T, self.level_1, knots = xp, T, float(logit(beta_1)), min(T - 1, 40)
@@ -1828,9 +1829,7 @@ class Observation:
                              "(unknown)")
         if not np.isfinite(y[np.isfinite(sigma)]).all():
             raise InputError("an observation is NaN or infinite where it is said to be known")
-        if np.isinf(sigma).all() or not sigma.any():
-            raise InputError("an observation must leave something unknown, and not everything: "
-                             "its noise is 0 or infinite everywhere")
+        
         self.y, self.sigma = xp.asarray(np.where(np.isfinite(sigma), y, 0)), xp.asarray(sigma)
 
     def rows(self, index, particles=1):
@@ -1841,8 +1840,8 @@ class Observation:
         return chosen
 
     def factors(self, q, power=1.0):
-        """What the distributions of q take in `times`, for r^power: y and a variance, or the log of
-        r at 0 and at 1, up to a constant. InputError for a known bit that is neither."""
+        """The arguments of `times` for r^power: of numbers y and the variance, of bits log r(0) and
+        log r(1), up to a constant. InputError for a known bit that is neither 0 nor 1."""
         xp = q.xp
         sigma = self.sigma if power > 0 else xp.full(self.sigma.shape, math.inf)  # r^0 = 1
         if q.distribution is Normal:
@@ -1902,9 +1901,9 @@ class Function:
 
             d log E[r^power] / dmean = E_r[h] g / size
 
-        which asks for no other gradient of r, and so serves where r is narrower than p. Both means
-        are sums over 25 points h, |h| <= 6. Of bits it is r at the mean, and g: between 0 and 1 no
-        r says anything."""
+        This needs r at other points, but not its gradient there, and so works where r is narrower
+        than p. Both means are sums over 25 points h, |h| <= 6. Of bits, for which only r(0) and
+        r(1) have a meaning, it is simply log r and g at the mean."""
         xp, g = p.xp, self.gradient(p.mean)
         if not isinstance(p, Normal):
             return power * self.log_r(p.mean), power * g
@@ -1936,10 +1935,11 @@ class Posterior:
     others (reconstruction guidance, Ho et al. 2022, Song et al. 2023), and multiplies only the last
     step by r. This takes almost 3 times as long.
 
-    Eq. 22 divides each product by Z(x_t) = int p(x_{t-1} | x_t) r_{t-1}(x_{t-1}) dx_{t-1} as if
-    this were r_t(x_t). Z / r_t is the weight of the step. With `particles` > 1 a sample is one of
-    so many chains, which are drawn anew where their weights become uneven: exact in the limit of
-    many, if no r_t excludes what r allows (constant and annealed do, for a known value).
+    Eq. 22 divides each product by its integral Z(x_t) = int p(x_{t-1} | x_t) r_{t-1}(x_{t-1})
+    dx_{t-1}. That is right only if Z = r_t; otherwise the step has the weight Z / r_t. With
+    `particles` > 1 a sample is chosen from so many weighted chains, which are resampled where the
+    weights become uneven. In the limit of many this is exact, unless r_t is 0 where r is not (a
+    known value with constant or annealed).
 
     repeats: see DPM.sample. InputError for another schedule, fewer than one particle or repeat, an
     r of another type, or particles together with repeats."""
@@ -2045,8 +2045,8 @@ class Posterior:
                 + sum(power * f.log_r(x) for f in self.functions))
 
     def _draw(self, p, t, g, rngs):
-        """x_t from p, times r_t if g is None, or else tilted by g; and log p(x_t) less the log
-        density that x_t was drawn from, up to a constant."""
+        """Draws x_t: from p r_t if g is None, else from p tilted by g. Returns x_t and log p(x_t) -
+        log d(x_t), up to a constant, where d is what x_t was drawn from."""
         q, power = self.model.diffusion, self._power(t) if g is None else 0.0  # r^0 = 1
         p, log_Z = self.given(p, power)
         if g is None:
@@ -2093,9 +2093,9 @@ class Posterior:
 
 
 def resampled(log_w, rngs, last=False):
-    """Systematic resampling of the n samples whose effective number of particles is below N / 2,
-    for weights log_w (n, N). Returns which particles go on, as rows of all n N, and which samples
-    were drawn anew (n,). last: one particle of each sample is drawn, and the rows are (n,)."""
+    """Systematic resampling, for weights log_w (n, N), of those of n samples whose effective number
+    of particles, 1 / sum w^2, is below N / 2. Returns the rows (of n N) that go on, and which
+    samples were resampled (n,). last: draws one particle of each sample; the rows are (n,)."""
     (n, N), w = log_w.shape, softmax(log_w, axis=1)
     drawn = (1 / (w ** 2).sum(1) < N / 2) | last
     rows = [np.arange(N)] * n
@@ -2149,12 +2149,14 @@ def save(model, path, optimiser=None, half=False):
 def build(diffusion, shape, about, learned=False, **options):
     """A DPM of a diffusion and data of shape (H, W, C). about: `network`, its name; `sizes`, its
     arguments; `predict`, what it outputs for numbers, v, eps or paper; and what else is to be known
-    of the run. learned: beta_t too. options are DPM's. InputError for what does not go together."""
+    of the run. learned: beta_t is trained too, see LearnedSchedule. options are DPM's. InputError
+    for what does not go together."""
     (H, W, C), network, sizes, predict = shape, about["network"], about["sizes"], about["predict"]
     if learned and (not isinstance(diffusion, Gaussian) or diffusion.discretised):
         raise InputError("a learned schedule is for numbers, with the fixed last step")
-    if network not in NETWORKS:
-        raise InputError(f"no network '{network}': choose {', '.join(NETWORKS)}")
+    for name, known in ((network, NETWORKS), (predict, READOUTS)):
+        if name not in known:
+            raise InputError(f"no network or output '{name}': choose {', '.join(known)}")
     variance = getattr(diffusion, "variance", "learned")
     if predict == "paper" and (diffusion.discretised or variance != "learned"):
         raise InputError("the paper's kernel has its own variance (eq. 64) and no decoder")
@@ -2164,7 +2166,7 @@ def build(diffusion, shape, about, learned=False, **options):
         lowest, highest = (float(diffusion.level[t]) for t in (1, -1))
         sizes = dict(pixels=H * W, lowest=lowest, highest=10.0 if learned else highest) | sizes
         about = dict(about, sizes=sizes)
-    readout = READOUTS["bits" if isinstance(diffusion, Binomial) else predict]()
+    readout = LogOdds() if isinstance(diffusion, Binomial) else READOUTS[predict]()
     made = NETWORKS[network](C, readout, diffusion.outputs, **sizes)
     beta_1 = 1 - float(diffusion.alpha_bar[1])
     schedule = LearnedSchedule(diffusion.T, beta_1, diffusion.xp) if learned else None

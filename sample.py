@@ -8,9 +8,9 @@
 
 Writes NAME.png and NAME.npz, the arrays behind it in the data's units (bytes plus
 their noise in [0, 1): round them down): samples; with --inpaint and --denoise also
-truth, given, and unknown or mean; for images from files also nearest, the training
-images nearest to samples. Free samples of the shipped digits are sharpened:
---sharpen 0 draws from p itself.
+given, truth (if known), and unknown (--inpaint) or mean (--denoise of numbers); for
+images from files also nearest, the training images nearest to samples. Free samples
+of the shipped digits are sharpened: --sharpen 0 draws from p itself.
 """
 import signal
 
@@ -91,7 +91,7 @@ def check(args):
         value = getattr(args, name)
         if value is not None and value < least:
             raise dpm.InputError(f"--{name} must be {least} or more, not {value}")
-    for flag in ("checkpoint", "out"):
+    for flag in ("checkpoint", "weak", "out"):
         if getattr(args, flag) is not None and not getattr(args, flag).strip():
             raise dpm.InputError(f"--{flag}: give a name, or omit the flag")
     if args.mode == "denoise" and not SIGMA[0] <= args.denoise <= SIGMA[1]:
@@ -193,8 +193,8 @@ def main():
     if kind == "images" and dataset and dataset.train is not None and model.shape == whole.shape:
         near, distance = observations.nearest(dataset, sets["samples"][:sampling.SHOWN, 0])
         usual = observations.nearest(dataset, dataset.held_out(len(distance)))[1]
-        say(f"nearest training image: {distance.mean():.3f} away, root mean square "
-            f"{observations.unit_of(model)}; for test images it is {usual.mean():.3f}, for copies 0")
+        say(f"nearest training image: {distance.mean():.3f} away (a copy: 0), root mean square "
+            f"{observations.unit_of(model)}; for test images it is {usual.mean():.3f}")
         arrays["nearest"] = model.raw(near)
         if args.mode == "inpaint":
             extra["the training image nearest to the first of them"] = near[:, None]

@@ -2079,12 +2079,21 @@ def test_denoising_follows_its_recursion(schedule, s2):
 
 @pytest.mark.parametrize("y, sigma, says", [
     ([1.0, np.nan], [0, 0.5], "NaN"), ([1.0, 2.0], [-1, 0], "must be 0"),
-    ([1.0, 2.0], [np.nan, 0], "must be 0"), ([1.0, 2.0], [0, 0], "leave something unknown"),
-    ([1.0, 2.0], np.inf, "leave something unknown"), ([1.0, 2.0], [0, 0, 0], "shape"),
+    ([1.0, 2.0], [np.nan, 0], "must be 0"), ([1.0, 2.0], [0, 0, 0], "shape"),
     (np.zeros((3, 2)), [0, np.inf], "does not fit"), (np.zeros(3), 1.0, "does not fit")])
 def test_bad_observations(y, sigma, says):
     with refused(says):
         dpm.Posterior(gaussian_model(D=2), dpm.Observation(y, sigma)).sample(4)
+
+
+@pytest.mark.parametrize("schedule", dpm.R_SCHEDULES)
+def test_observations_of_all_and_of_nothing(schedule):
+    """All known: that is the sample. All free: samples of p(x_0)."""
+    model, y = small_model(stir=0.1), np.array([0.5, -1.0, 2.0])
+    known, free = (dpm.Posterior(model, dpm.Observation(y, sigma), schedule).sample(3, 5)
+                   for sigma in (0.0, np.inf))
+    assert (known == y).all()
+    close(free, model.sample(3, 5))
 
 
 @pytest.mark.parametrize("r, options, says", [
@@ -2477,6 +2486,18 @@ def test_checkpoint_round_trip(tmp_path, q, options):
             assert (loaded.sample(2) == model.sample(2)).all()
     with refused("as `build` has made it"):
         dpm.save(dpm.DPM(q, model.network, model.shape), tmp_path / "by_hand.npz")
+
+
+@pytest.mark.parametrize("says, q, learned, about", [
+    ("is for numbers", binomial(), True, {}), ("fixed last step", gaussian(**BYTES), True, {}),
+    ("no network or output 'x0'", gaussian(), False, dict(predict="x0")),
+    ("no network or output 'net'", binomial(), False, dict(network="net")),
+    ("its own variance", gaussian(variance="beta"), False, dict(predict="paper")),
+    ("no decoder", gaussian(**BYTES), False, dict(predict="paper")),
+    ("says nothing of x_0", gaussian(kind="paper"), False, dict(predict="eps"))])
+def test_what_does_not_go_together(says, q, learned, about):
+    with refused(says):
+        dpm.build(q, (1, 1, 3), dict(network="mlp", sizes={}, predict="v") | about, learned)
 
 
 def test_bad_checkpoints(tmp_path):

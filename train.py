@@ -32,7 +32,7 @@ import data
 from data import evaluation, figures, runs, speed
 
 LN2 = math.log(2)
-SAVE_EVERY = 30  # seconds between checkpoints
+SAVE_EVERY = 30  # seconds between checkpoints, at least: they go with the lines of the log
 COLUMNS = ["step", "seconds", "K_minus_L_null_bits"]
 
 # What is right for vectors (H W = 1), for images, and for bits, where no flag says otherwise
@@ -177,8 +177,8 @@ def check(args, chosen, dataset):
 
 
 def new_model(dataset, chosen, xp, comm=None, threads=None):
-    """beta_1 is the variance of the smallest detail there is to model. A bit has none: it is
-    forgotten once in 1e5, or as often as the paper's schedule says for t = 1."""
+    """The model of a new run. Its beta_1 is the variance of the smallest detail in the data. Bits
+    have none: theirs is 1e-5, or 1 / T with the schedule `paper`, whose formula says so."""
     T, kind, shift, scale = chosen["timesteps"], chosen["schedule"], dataset.shift, dataset.scale
     if dataset.binary:
         alpha_bar = dpm.schedule(kind, T, 1 / T if kind == "paper" else 1e-5)
@@ -303,9 +303,11 @@ def resume(args, xp, comm):
     elif args.dataset and str(pathlib.Path(args.dataset).resolve()) == dataset.name:
         args.dataset = dataset.name
     for name in FIXED:
-        if getattr(args, name) not in (None, model.about[name]):
-            raise dpm.InputError(f"{out} was started with --{name.replace('_', '-')} "
-                                 f"{model.about[name]}, not {getattr(args, name)}; omit the flag")
+        value, flag = model.about[name], f"--{name.replace('_', '-')}"
+        if getattr(args, name) not in (None, value):
+            was = f"without {flag}" if value is None else f"with {flag} {value}"
+            raise dpm.InputError(f"{out} was started {was}, not {getattr(args, name)}; omit the "
+                                 "flag")
     if args.steps:
         model.about["steps"] = args.steps[0]
     check(args, model.about, dataset)
