@@ -376,8 +376,8 @@ def forgetting(q, x, path):
 
 def figure_1(model, dataset, path, number=2000):
     """Figure 1 of the paper, for data of two numbers: the data diffusing, the model running
-    backwards, and the drift f_mu(x, t) - x, at three times: the data, a quarter of its variance
-    gone, noise."""
+    backwards, and the drift f_mu(x, t) - x, its longer arrows cut, at three times: the data, a
+    quarter of its variance gone, noise."""
     T, xp, q = model.T, model.xp, model.diffusion
     ts = (1, max(2, int(np.abs(dpm.to_host(q.alpha_bar) - 0.75).argmin())), T)
     x0 = xp.asarray(dataset.draw(number, dpm.generator(dataset.xp, "figure")))
@@ -385,17 +385,21 @@ def figure_1(model, dataset, path, number=2000):
     samples, kept = model.sample(number, keep=ts[1:])
     kept[1] = samples
     size = max(3.0, 1.1 * float(abs(x0).max()))
-    lines = np.linspace(-size, size, 19)
+    lines = np.linspace(-size, size, 23)
     places = xp.asarray(np.stack(np.meshgrid(lines, lines), 2).reshape(-1, 2))
     figure, axes = _axes(3, 3, (7.5, 7.8), sharex=True, sharey=True)
     for column, t in enumerate(ts):
         noise = xp.asarray(rng.standard_normal((number, 2)))
         xt = x0 if t == 1 else q.q_jump(x0, xp.full(number, t)).draw(noise)
-        drift = model.p_back(places, max(t, 2)).mean - places
+        drift = dpm.to_host(model.p_back(places, max(t, 2)).mean - places)
+        length = np.linalg.norm(drift, axis=1, keepdims=True)
+        longest = np.quantile(length, 0.15)         # far from data it is a hundred times longer
+        drift *= longest / np.maximum(length, longest)
         axes[0, column].scatter(*dpm.to_host(xt).T, s=1)
         axes[1, column].scatter(*dpm.to_host(kept[t]).T, s=1, color="C1")
-        axes[2, column].quiver(*dpm.to_host(places).T, *dpm.to_host(drift).T, color="C2",
-                               angles="xy")
+        axes[2, column].quiver(*dpm.to_host(places).T, *drift.T, color="C2", angles="xy",
+                               scale_units="xy", scale=longest / (lines[1] - lines[0]),
+                               width=0.005)
         axes[0, column].set_title(f"t = {t}" if t > 1 else "t = 0; drift: t = 2")
         axes[2, column].set_xlabel("first coordinate")
     labels = "forward, q(x_t)", "reverse, p(x_t)", "drift, f_mu(x, t) - x"
