@@ -1498,7 +1498,7 @@ class DPM:
         each step takes from K (kl[1] is L_0), and, nan where nothing was drawn, entropy of
         p(x_{t-1} | x_t) and distortion, the mean square of x_0 - x_0^ per dimension."""
         xp, q, n, T = self.xp, self.diffusion, len(x0), self.T
-        draws = T - 1 if draws is None else max(1, min(draws, T - 1))
+        draws = T - 1 if draws is None else min(draws, T - 1)
         t = stratified(n * draws, np.arange(T + 1) > 1, rng.random()).reshape(draws, n)
         t = rng.permuted(t, axis=1)  # no example may always have small t, or large ones
         if q.discretised:

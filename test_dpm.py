@@ -352,6 +352,12 @@ def test_what_v_and_u_mean():
         close(fixed.mean, p.mean)
 
 
+def test_a_sure_network():
+    """A small u is believed: p_x0 has the variance sin^2 phi u down to u = 1e-12."""
+    q, t, z = gaussian(15), np.arange(1, 16), np.full((15, 2, 2), 1e-10)
+    close(q.p_x0(z[..., 0], t, z).variance / q.sin[t][:, None] ** 2, 1e-10, atol=0)
+
+
 @pytest.mark.parametrize("variance", ["learned", "beta", "posterior"])
 def test_kl_is_the_integral(variance):
     q, t = gaussian(9, variance=variance), np.array([2, 4, 6])
@@ -674,6 +680,12 @@ def test_readouts():
     assert all(np.isfinite(a).all() for a in (*found, tape.dlevel, tape.ds))
 
 
+def test_u_is_free_up_to_e_20():
+    """Untrained networks may say any log u; up to 20 it is taken as it is."""
+    h = np.array([0.0, 19.0, 0.0, 21.0]).reshape(1, 1, 1, 4)
+    close(dpm.Velocity().forward(h, h, dpm.Tape(np, {}))[..., 1::2].ravel(), np.exp([19, 20]))
+
+
 def test_unet_is_the_same_everywhere():
     """A picture moved by a cell gives the same, moved; a pixel is heard beyond its neighbours; so
     is the noise level. The network of one size of picture serves another."""
@@ -691,12 +703,23 @@ def test_unet_is_the_same_everywhere():
         small_model(shape=(5, 4, 2), network="paper").resized(40, 40)
 
 
+def test_a_fresh_unet_begins_with_its_first_layers():
+    """Blocks and coarser grids are the identity at first: their last matrices are zero."""
+    model = small_model(shape=(5, 7, 2), network="unet", stir=0)
+    context, tape = model.network.body.layers[1].layers[0], dpm.Tape(np, model.weights)
+    h, tape.e = rng(47).standard_normal((3, 5, 7, 4)), rng(48).standard_normal((3, 1, 1, 8))
+    assert len(context.layers) == 5  # a convolution, Time, and block, grid, block
+    for layer in context.layers[2:]:
+        assert (layer.forward(h, tape) == h).all()
+
+
 @pytest.mark.parametrize("q, options, says", [
     (gaussian(**BYTES), dict(learned=True), "fixed last step"),
     (binomial(), dict(learned=True), "for numbers"),
     (gaussian(kind="paper"), dict(predict="eps"), "predict v"),
     (gaussian(variance="beta"), dict(predict="paper"), "eq. 64"),
-    (gaussian(**BYTES), dict(predict="paper"), "no decoder")])
+    (gaussian(**BYTES), dict(predict="paper"), "no decoder"),
+    (binomial(), dict(predict="x0"), "no network or output 'x0'")])
 def test_what_does_not_go_together(q, options, says):
     with refused(says):
         small_model(q, **options)
@@ -710,6 +733,12 @@ def test_what_networks_are_told():
     bumps, level = model.network.body.layers[-1], model.diffusion.level
     close(bumps.centres[[0, -1]], level[[1, -1]])
     close(2 * bumps.width, np.diff(bumps.centres))
+
+
+def test_bumps_of_a_learned_schedule():
+    """They reach the highest level that any psi can have, wherever the schedule begins."""
+    model = small_model(gaussian(kind="cosine"), network="paper", learned=True)
+    assert model.network.body.layers[-1].centres[-1] == 10 > model.diffusion.level[-1]
 
 
 def test_the_papers_network():
@@ -823,6 +852,13 @@ def test_optimiser():
     optimiser.momentum(np.zeros(2))
     optimiser.move(optimiser.moves)
     close(optimiser.average, 1e-3 * theta)  # reaches back over 1000 steps at most
+
+
+def test_no_warmup():
+    """warmup = 0 begins with the full rate."""
+    optimiser = dpm.Optimiser([dpm.Dense(1, 1)], np.zeros(2), lr=0.1, steps=100, warmup=0)
+    optimiser.momentum(np.ones(2))
+    assert optimiser.rate() == approx(0.1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1084,6 +1120,17 @@ def test_every_example_has_noise_of_its_own(monkeypatch):
     assert types_ == [(np.float32,)]
 
 
+def test_no_two_generators_begin_alike(monkeypatch):
+    """The t of a step, the noise of its shares, samples. The word alone tells t from noise:
+    to NumPy a key with a 0 more is the same."""
+    make, begun, model = dpm.generator, [], small_model()
+    monkeypatch.setattr(dpm, "generator", lambda *of: begun.append(make(*of).random()) or make(*of))
+    for step in (0, 1):
+        model.gradient(np.ones((6, 3)), 1, step)
+    model.sample(2, seed=1)
+    assert len(begun) == len(set(begun)) == 8
+
+
 def exact_parts(model, states, p0, forward):
     """Sum of the KLs and the entropies of the bound, each by enumeration of x_0 and x_t."""
     q, until, kls, H_q = model.diffusion, np.eye(len(states)), 0.0, [0.0]
@@ -1213,6 +1260,12 @@ def test_a_decoder_of_few_grey_levels():
             K += (jump[t - 1][:, None] * step[t] * np.log(back[t].T / step[t])).sum() * dx ** 2
         se = found[:, i].std() / math.sqrt(1500)
         assert K < math.log(P[i]) and found[:, i].mean() == approx(K, abs=4 * se) and se < 0.05
+
+
+@pytest.mark.parametrize("kind", ["K", "focused", "simple", "mean"])
+def test_a_decoder_is_drawn_once_in_21(kind):
+    share, weight, _ = dpm.objective(kind, gaussian(20, **BYTES))
+    assert share[1] / share.sum() == approx(1 / 21) and weight[1] == 1
 
 
 def test_uniform_bytes_have_eight_bits():
@@ -1798,6 +1851,17 @@ def test_learned_schedule_backward(T):
     close(schedule.backward(psi, r), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("T", [7, 60, 1000])
+def test_knots_of_a_learned_schedule(T):
+    """Between the knots, first at t = 2 and last at T, the log of the step of level is a line."""
+    schedule = dpm.LearnedSchedule(T, 1e-3)
+    psi = rng(44).standard_normal(schedule.shapes["psi"])
+    a = psi[:-1] / (1 + abs(psi[:-1]) / 6)
+    a = np.interp(np.linspace(2, T, T - 1), np.linspace(2, T, len(a)), a)
+    level = np.log(1 / schedule.forward(psi)[1:] - 1)
+    close(np.diff(np.log(np.diff(level))), np.diff(a), atol=1e-6)
+
+
 def test_a_schedule_is_learned():
     """Some steps on data near one point: K rises, and the diffusion is that of the weights."""
     model = small_model(gaussian(6, 1e-3), stir=0, learned=True)
@@ -1890,6 +1954,18 @@ def test_r_of_what_a_network_predicts(q, network, shape, predict, monkeypatch):
         for direction in rng(68).standard_normal((3, *x.shape)):
             slope = quotient(lambda: log_r(at, variance), x, direction, 1e-5)
             close((g * direction).sum(1), slope, rtol=1e-5, atol=1e-5 * abs(slope).max())
+
+
+def test_r_t_of_a_function():
+    """constant and annealed: power times log r. At t = 1 of predicted x_0 has the law of the fixed
+    last step, N(sqrt(1 - beta_1) x_1, beta_1 I)."""
+    model, x, y = small_model(), rng(45).standard_normal((5, 3)), 0.3
+    for schedule, power in (("constant", 1.0), ("annealed", 7 / 12)):
+        close(dpm.Posterior(model, CURVE, schedule)._step(x, 5)[1], power * CURVE.log_r(x))
+    beta = model.diffusion.beta[1]
+    found = dpm.Posterior(model, dpm.Observation(np.full(3, y), 0.1))._step(x, 1)[1]
+    far, total = math.sqrt(1 - beta) * x - y, beta + 0.01
+    close(found, -0.5 * (far ** 2 / total + math.log(total)).sum(1))
 
 
 @pytest.mark.parametrize("s", [0.7, 1.5, 4.0])
@@ -2491,18 +2567,6 @@ def test_checkpoint_round_trip(tmp_path, q, options):
         dpm.save(dpm.DPM(q, model.network, model.shape), tmp_path / "by_hand.npz")
 
 
-@pytest.mark.parametrize("says, q, learned, about", [
-    ("is for numbers", binomial(), True, {}), ("fixed last step", gaussian(**BYTES), True, {}),
-    ("no network or output 'x0'", gaussian(), False, dict(predict="x0")),
-    ("no network or output 'net'", binomial(), False, dict(network="net")),
-    ("its own variance", gaussian(variance="beta"), False, dict(predict="paper")),
-    ("no decoder", gaussian(**BYTES), False, dict(predict="paper")),
-    ("says nothing of x_0", gaussian(kind="paper"), False, dict(predict="eps"))])
-def test_what_does_not_go_together(says, q, learned, about):
-    with refused(says):
-        dpm.build(q, (1, 1, 3), dict(network="mlp", sizes={}, predict="v") | about, learned)
-
-
 def test_which_checkpoint_is_in_a_directory(tmp_path):
     """That of the run; where there is none, a shipped model; a file is what it says."""
     shipped, path = HERE / "data" / "swissroll", tmp_path / "checkpoint.npz"
@@ -2511,6 +2575,15 @@ def test_which_checkpoint_is_in_a_directory(tmp_path):
     for name in ("model.npz", "checkpoint.npz"):
         (tmp_path / name).write_bytes(b"")
     assert runs.checkpoint_in(tmp_path) == runs.checkpoint_in(path) == path
+
+
+def test_shares_of_a_checkpoint(tmp_path):
+    """Two ranks of a thread are two shares, which one rank goes on with in two threads."""
+    two, path = small_model(threads=1, comm=Rank(0)), tmp_path / "c.npz"
+    dpm.save(two, path, two.optimiser())
+    assert dpm.resume(path)[0].threads == 2
+    resumed, _ = dpm.resume(path, comm=two.comm)
+    assert resumed.threads == 1 and resumed.comm is two.comm is dpm.load(path, comm=two.comm).comm
 
 
 def test_bad_checkpoints(tmp_path):
@@ -2535,8 +2608,8 @@ def test_bad_checkpoints(tmp_path):
     for wrong in (b"", raw[:len(raw) // 2], b"PK" + bytes(99)):
         bad.write_bytes(wrong)
         is_refused("not a checkpoint")
-    is_refused(f"of format {dpm.FORMAT + 1}, this program reads {dpm.FORMAT}",
-               format=dpm.FORMAT + 1)
+    for version in (dpm.FORMAT - 1, dpm.FORMAT + 1):
+        is_refused(f"of format {version}, this program reads {dpm.FORMAT}", format=version)
     average, a = content["average"], content["alpha_bar"]
     is_refused("damaged", format="x")
     del (short := dict(content))["digest"]
@@ -3523,7 +3596,7 @@ def test_the_benchmark_counts(tmp_path):
     assert gflop == approx(6 * 8000 * matrices / 1e9, abs=0.006)
     assert speed == approx(8000 / ms * 1e3, rel=0.01)
     assert rate == approx(gflop / ms * 1e3, rel=0.01, abs=0.6)      # printed without decimals
-    assert share / 100 == approx(rate / limit, rel=0.5) and share < 150
+    assert share / 100 == approx(rate / limit, rel=0.8) and share < 150  # medians of ratios
     assert 0 < of(r"reverse step of 64 +(\S+) ms")[0] < ms
     assert 0.05 < of(r"peak memory +(\S+) GiB")[0] < 20
 
