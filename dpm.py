@@ -1221,7 +1221,8 @@ class Optimiser:
     with at least 16 rows and columns; the factor makes its entries move about as far as Adam would
     move them (Liu et al. 2025). rate climbs to lr over `warmup` steps, and falls to 0 along half a
     cosine over the second half of `steps`. average is the mean of theta over about the last tenth
-    of the steps, at most 1000. theta is updated in place.
+    of the steps, at most 1000. theta is updated in place. There is no weight decay, and matrices
+    grow: a U-Net of 80,000 steps on MNIST had a huge v for one input in 50,000, one of 50,000 none.
 
     DPM.step calls `momentum`, `orthogonalise` for every share of the matrices, and `move`."""
 
